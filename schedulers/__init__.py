@@ -1,0 +1,1 @@
+"""Scheduler policies; each folder is one technique."""

@@ -1,0 +1,100 @@
+"""Who is due when: arrival, last token and targets of every request in the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm_plugins.schedulers.sarathi.targets import (
+    NO_TARGETS,
+    InvalidTargetError,
+    Targets,
+    request_targets,
+)
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+logger = init_logger("vllm.vllm_plugins.sarathi")
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """A request that got tokens: how late, in seconds; None where it has no such target."""
+
+    ttft_excess: float | None
+    tbt_excess: float | None
+
+
+class LatencyLedger:
+    """Times on the scheduler's clock, in seconds.
+
+    Args:
+        default: Targets of a request that brings none of its own.
+    """
+
+    def __init__(self, default: Targets) -> None:
+        self._default = default
+        self._arrived: dict[str, float] = {}
+        self._last_token: dict[str, float] = {}
+        # Only requests with targets of their own, so that the usual look-up is a miss.
+        self._own: dict[str, Targets] = {}
+
+    def add(self, request: Request, arrived: float) -> bool:
+        """Take a new request; False if its own targets are malformed and were ignored."""
+        self._arrived[request.request_id] = arrived
+        try:
+            targets = request_targets(request)
+        except InvalidTargetError as error:
+            logger.warning("vllm-plugins: sarathi: request %s: %s", request.request_id, error)
+            return False
+        if targets is not NO_TARGETS:
+            self._own[request.request_id] = Targets(
+                targets.ttft or self._default.ttft, targets.tbt or self._default.tbt
+            )
+        return True
+
+    def targets(self, request_id: str) -> Targets:
+        """Return a request's targets, its own or the default."""
+        return self._own.get(request_id, self._default)
+
+    def arrived(self, request_id: str) -> float:
+        """Return when a request arrived."""
+        return self._arrived[request_id]
+
+    def tightest_tbt(self, decodes: Iterable[Request]) -> float | None:
+        """Return the smallest TBT target among decodes; None where none has one."""
+        if not self._own:
+            return self._default.tbt
+        tbts = (self.targets(request.request_id).tbt for request in decodes)
+        return min((tbt for tbt in tbts if tbt is not None), default=None)
+
+    def least_slack(self, decodes: Iterable[Request], now: float) -> float | None:
+        """Return the time left until the first decode's next token is due."""
+        due = (
+            self._last_token.get(request.request_id, now) + tbt
+            for request in decodes
+            if (tbt := self.targets(request.request_id).tbt) is not None
+        )
+        first = min(due, default=None)
+        return None if first is None else first - now
+
+    def emitted(self, request_id: str, now: float) -> Emission:
+        """Record that a request got tokens."""
+        last = self._last_token.get(request_id)
+        self._last_token[request_id] = now
+        targets = self._own.get(request_id, self._default)
+        if last is None:
+            arrived = self._arrived.get(request_id, now)
+            excess = None if targets.ttft is None else now - arrived - targets.ttft
+            return Emission(excess, None)
+        return Emission(None, None if targets.tbt is None else now - last - targets.tbt)
+
+    def forget(self, request_ids: Collection[str]) -> None:
+        """Drop finished requests."""
+        for request_id in request_ids:
+            self._arrived.pop(request_id, None)
+            self._last_token.pop(request_id, None)
+            self._own.pop(request_id, None)

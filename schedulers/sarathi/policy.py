@@ -1,0 +1,215 @@
+"""Sarathi-Serve's stall-free batching as a policy of the scheduler host.
+
+Sarathi-Serve (arXiv 2403.02310), algorithm of section 2.2 of the implementation note: every decode
+first, then prompts under way in order of arrival, then new ones, until the token budget is spent.
+vLLM's own scheduler fills a step in just that manner once the running requests stand in that
+order, so what remains is the budget: fixed, or for every step the largest whose predicted time
+meets the TBT target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from vllm.v1.core.sched.request_queue import FCFSRequestQueue, RequestQueue
+from vllm_plugins.schedulers.sarathi import metrics as m
+from vllm_plugins.schedulers.sarathi.budget import Budgets, PendingPrefill, step_work
+from vllm_plugins.schedulers.sarathi.estimator import StepTimeEstimator
+from vllm_plugins.schedulers.sarathi.latency import LatencyLedger
+from vllm_plugins.schedulers.sarathi.least_slack import Waiting, least_slack_order
+from vllm_plugins.schedulers.sarathi.targets import Targets
+
+from vllm_plugins.engine.cost_model import StepWork, chunk_work
+from vllm_plugins.engine.policy import SchedulerPolicy, Step, StepPlan
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+    from vllm_plugins.schedulers.sarathi.plugin import SarathiOptions
+
+
+class SarathiPolicy(SchedulerPolicy):
+    """Chooses the token budget of each step and keeps decodes ahead of prefills.
+
+    Args:
+        options: The plug-in's options with their platform's defaults filled in.
+        estimator: Predicts step times; unused in static mode.
+    """
+
+    metrics = m.ALL
+
+    def __init__(self, options: SarathiOptions, estimator: StepTimeEstimator) -> None:
+        self._options = options
+        self._estimator = estimator
+        self._ledger = LatencyLedger(
+            Targets(_seconds(options.ttft_slo_ms), _seconds(options.tbt_slo_ms))
+        )
+        # Seconds per prefill token while others run beside it; what a waiting prompt will cost.
+        self._prefill_pace = 0.0
+
+    def waiting_queue(self) -> RequestQueue | None:
+        """Claim the waiting queue where the options ask for an order of its own."""
+        return FCFSRequestQueue() if self._options.order == "least_slack" else None
+
+    def added(self, request: Request, arrived: float) -> None:
+        """Take a new request's arrival and its own targets."""
+        if not self._ledger.add(request, arrived):
+            self.metric.inc(m.INVALID.name)
+
+    def plan(self, plan: StepPlan) -> None:
+        """Set the step's budget and order."""
+        options = self._options
+        plan.decode_first |= options.decode_first
+        if options.pp_balance:
+            self._balance_decodes(plan)
+        if options.max_prefills_per_step == 1:
+            self._single_prefill(plan)
+        if options.order == "least_slack" and plan.num_waiting > 1:
+            self._order_waiting(plan)
+        if plan.prefills or plan.num_waiting:
+            plan.limit_tokens(self._budget(plan))
+
+    def _budget(self, plan: StepPlan) -> int:
+        decode_rows = (len(plan.decodes) - len(plan.hidden)) * self.facts.decode_rows
+        budgets = Budgets(self._options.min_budget, self.facts.max_tokens, self._options.tile)
+        if self._options.budget_mode == "static":
+            return max(self._options.token_budget, budgets.least(decode_rows))
+        allowed = self._allowed_seconds(plan)
+        if allowed is None:
+            return self.facts.max_tokens
+        predict = self._estimator.predictor()
+        if predict is None:
+            # Nothing is known yet; small steps teach quickly and hurt nobody.
+            return budgets.least(decode_rows)
+        context = sum(request.num_computed_tokens for request in plan.decodes)
+        pending = PendingPrefill(
+            [(r.num_tokens - r.num_computed_tokens, r.num_computed_tokens) for r in plan.prefills]
+        )
+
+        def seconds(rows: int) -> float:
+            return predict(step_work(rows, decode_rows, len(plan.decodes), context, pending))
+
+        limit = allowed / self._options.margin
+        budget = budgets.largest(seconds, limit, decode_rows)
+        if budget == budgets.least(decode_rows) and seconds(budget) > limit:
+            self.metric.inc(m.INFEASIBLE.name)
+        return budget
+
+    def _allowed_seconds(self, plan: StepPlan) -> float | None:
+        """Return how long this step may take; None where no running token has a target."""
+        if not plan.decodes:
+            return None
+        if self._options.budget_mode == "slack":
+            return self._ledger.least_slack(plan.decodes, plan.now)
+        return self._ledger.tightest_tbt(plan.decodes)
+
+    def _single_prefill(self, plan: StepPlan) -> None:
+        """Decode-maximal batches of SARATHI (arXiv 2308.16369): at most one prefill chunk."""
+        for request in plan.prefills[1:]:
+            plan.hide(request)
+        plan.limit_admissions(0 if plan.prefills else 1)
+
+    def _balance_decodes(self, plan: StepPlan) -> None:
+        """Spread decodes evenly over the micro-batches of a pipeline.
+
+        Without it the first micro-batch takes every decode and the next ones find none.
+        """
+        share = -(-len(plan.decodes) // self.facts.pipeline_stages)
+        runnable = [request for request in plan.decodes if _runnable(request)]
+        for request in runnable[share:]:
+            plan.hide(request)
+
+    def _order_waiting(self, plan: StepPlan) -> None:
+        requests = list(plan.waiting)
+        pace = self._prefill_pace
+        waiting = []
+        for i, request in enumerate(requests):
+            arrived = self._ledger.arrived(request.request_id)
+            ttft = self._ledger.targets(request.request_id).ttft
+            deadline = arrived + (ttft if ttft is not None else self._options.max_wait_ms / 1000)
+            work = pace * (request.num_tokens - request.num_computed_tokens)
+            waiting.append(Waiting(i, arrived, deadline, work))
+        order = least_slack_order(waiting, plan.now, self._options.max_wait_ms / 1000)
+        if order != list(range(len(order))):
+            plan.waiting.remove_requests(requests)
+            for i in order:
+                plan.waiting.add_request(requests[i])
+            self.metric.inc(m.OVERTAKEN.name)
+
+    def scheduled(self, step: Step) -> None:
+        """Remember what the step contains, and count decodes that were left out."""
+        work, prefill_rows = _work_of(step)
+        step.notes["sarathi"] = (work, prefill_rows)
+        if prefill_rows:
+            self.metric.observe(m.BUDGET.name, step.plan.token_budget)
+        ran = step.output.num_scheduled_tokens
+        stalled = sum(
+            request.request_id not in ran and request not in step.plan.hidden and _runnable(request)
+            for request in step.plan.decodes
+        )
+        if stalled:
+            self.metric.inc(m.STALLED.name, stalled)
+
+    def completed(self, step: Step) -> None:
+        """Learn from the step's time, and hold the emitted tokens against their targets."""
+        work, prefill_rows = step.notes["sarathi"]
+        if step.duration is not None and step.duration > 0:
+            self._learn(work, prefill_rows, step.duration)
+        ttft_misses = tbt_misses = 0
+        for request_id in step.emitted:
+            emission = self._ledger.emitted(request_id, step.finished_at)
+            ttft_misses += emission.ttft_excess is not None and emission.ttft_excess > 0
+            tbt_misses += emission.tbt_excess is not None and emission.tbt_excess > 0
+        if ttft_misses:
+            self.metric.inc(m.TTFT_MISSES.name, ttft_misses)
+        if tbt_misses:
+            self.metric.inc(m.TBT_MISSES.name, tbt_misses)
+
+    def _learn(self, work: StepWork, prefill_rows: int, duration: float) -> None:
+        self.metric.observe(m.MEASURED.name, duration)
+        predict = self._estimator.predictor()
+        if predict is not None:
+            predicted = predict(work)
+            self.metric.observe(m.PREDICTED.name, predicted)
+            self.metric.observe(m.ERROR.name, abs(predicted - duration) / duration)
+        self._estimator.learn(work, duration)
+        self.metric.set(m.CORRECTION.name, self._estimator.correction)
+        if prefill_rows:
+            pace = duration / prefill_rows
+            self._prefill_pace += (0.1 if self._prefill_pace else 1.0) * (pace - self._prefill_pace)
+
+    def forget(self, request_ids: Collection[str]) -> None:
+        """Drop finished requests."""
+        self._ledger.forget(request_ids)
+
+
+def _seconds(ms: float | None) -> float | None:
+    return None if ms is None else ms / 1000
+
+
+def _runnable(request: Request) -> bool:
+    """Whether a running decode has a token to compute that no step in flight computes already."""
+    known = request.num_tokens_with_spec + request.num_output_placeholders
+    return bool(known > request.num_computed_tokens)
+
+
+def _work_of(step: Step) -> tuple[StepWork, int]:
+    """Return what a scheduled step contains, and how many of its rows are prefill."""
+    output, plan = step.output, step.plan
+    ran = output.num_scheduled_tokens
+    chunks = [(r.req_id, r.num_computed_tokens) for r in output.scheduled_new_reqs]
+    cached = output.scheduled_cached_reqs
+    if cached.resumed_req_ids:
+        resumed = zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+        chunks += [(i, context) for i, context in resumed if i in cached.resumed_req_ids]
+    # By now the running requests count this step's tokens as computed.
+    chunks += [
+        (r.request_id, r.num_computed_tokens - ran[r.request_id])
+        for r in plan.prefills
+        if r.request_id in ran
+    ]
+    prefill_rows = sum(ran[request_id] for request_id, _ in chunks)
+    prefill_work = sum(chunk_work(ran[request_id], context) for request_id, context in chunks)
+    context = sum(r.num_computed_tokens for r in plan.decodes if r not in plan.hidden)
+    rows = output.total_num_scheduled_tokens
+    return StepWork(rows, len(ran), context, prefill_work), prefill_rows

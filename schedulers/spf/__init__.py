@@ -1,0 +1,1 @@
+"""Shortest prefill first, with ageing."""

@@ -1,0 +1,184 @@
+"""``--plugin``: the flag, its expansion to stock engine arguments, and the entry point.
+
+The entry point extends two functions of vLLM's argument parser and nothing else. Plug-ins that
+were not asked for are not even imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vllm_plugins.arguments import EngineArguments
+from vllm_plugins.errors import PluginError
+from vllm_plugins.registry import Enabled, enable, entry_points
+from vllm_plugins.settings import KEY, PluginSettings, enabled_plugins, requested
+from vllm_plugins.spec import PluginSpec, parse_specs
+
+_HOOKED = "_vllm_plugins_flag"
+
+
+def register() -> None:
+    """Entry point ``vllm.general_plugins``: teach vLLM's parser the flag.
+
+    vLLM calls it in every process and more than once. Only a process that has loaded the argument
+    parser can parse a flag, so no other is made to import it.
+    """
+    module = sys.modules.get("vllm.engine.arg_utils")
+    if module is not None and not hasattr(module.EngineArgs, _HOOKED):
+        _install_flag(module.EngineArgs)
+
+
+def _install_flag(engine_args: type[Any]) -> None:
+    add_cli_args = engine_args.add_cli_args
+    from_cli_args = engine_args.from_cli_args.__func__
+
+    @functools.wraps(add_cli_args)
+    def add_cli_args_with_plugin(parser: Any) -> Any:
+        return _add_flag(add_cli_args(parser))
+
+    @functools.wraps(from_cli_args)
+    def from_cli_args_with_plugin(cls: type[Any], args: argparse.Namespace) -> Any:
+        changes = _changes(args)
+        if not changes:
+            return from_cli_args(cls, args)
+        changed = argparse.Namespace(**{**vars(args), **changes})
+        return from_cli_args(_plugged_class(cls), changed)
+
+    engine_args.add_cli_args = staticmethod(add_cli_args_with_plugin)
+    engine_args.from_cli_args = classmethod(from_cli_args_with_plugin)
+    setattr(engine_args, _HOOKED, True)
+
+
+def _add_flag(parser: Any) -> Any:
+    group = parser.add_argument_group(
+        title="vllm-plugins", description="Plug-ins of the vllm-plugins package."
+    )
+    group.add_argument(
+        "--plugin",
+        nargs="+",
+        action="extend",
+        metavar="NAME[:key=value,...]",
+        help="Turn plug-ins on, by name, with options as key=value or as a JSON object with a "
+        f'"name". Installed: {", ".join(entry_points())}. '
+        "`vllm-plugins describe NAME` prints the options and the equivalent stock arguments.",
+    )
+    return parser
+
+
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the stock engine arguments that the parsed command line's plug-ins set.
+
+    Raises:
+        SystemExit: A plug-in was refused; the message is one line.
+    """
+    current = vars(args)
+    try:
+        return expand(_specs(current, current.get("plugin") or []), current)
+    except PluginError as error:
+        raise SystemExit(f"vllm: error: {error}") from None
+
+
+def _specs(current: Mapping[str, Any], texts: Sequence[str]) -> list[PluginSpec]:
+    stock = requested(current.get("additional_config"))
+    named = parse_specs(texts)
+    for spec in named:
+        if any(spec.name == other.name for other in stock):
+            raise PluginError(
+                f"--plugin {spec.name}",
+                f"is also in --additional-config {KEY}",
+                "keep one of the two",
+            )
+    return stock + named
+
+
+def expand(specs: Sequence[PluginSpec], current: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the stock engine arguments that turn the plug-ins on.
+
+    Args:
+        specs: The requested plug-ins; empty gives no change.
+        current: Engine arguments by field name as they stand; missing ones have their default.
+
+    Raises:
+        PluginError: A plug-in is refused.
+    """
+    if not specs:
+        return {}
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_plugins.metrics import publish_in_this_process
+
+    enabled = enable(specs)
+    changes = configure(enabled, current, argument_defaults(EngineArgs))
+    publish_in_this_process()
+    return changes
+
+
+def argument_defaults(engine_args: type[Any]) -> dict[str, Any]:
+    """Return the default of each engine argument that has one."""
+    defaults = {}
+    for field in dataclasses.fields(engine_args):
+        if field.default is not dataclasses.MISSING:
+            defaults[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            defaults[field.name] = field.default_factory()
+    return defaults
+
+
+def configure(
+    enabled: Sequence[Enabled], current: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Let each plug-in set its stock arguments and put all options into ``additional_config``."""
+    arguments = EngineArguments(current, defaults)
+    for item in enabled:
+        arguments.plugin = item.plugin.name
+        item.plugin.configure(item.options, arguments)
+    additional = dict(current.get("additional_config") or {})
+    additional[KEY] = PluginSettings.of(enabled)
+    return {**arguments.changes, "additional_config": additional}
+
+
+class _ChecksAtStart:
+    """Mixed into the engine arguments of one server: refuse in the front end, in one line."""
+
+    def create_engine_config(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the engine's configuration and let each plug-in look at it."""
+        config = super().create_engine_config(*args, **kwargs)  # type: ignore[misc]
+        try:
+            enabled_plugins(config)
+        except PluginError as error:
+            raise SystemExit(f"vllm: error: {error}") from None
+        return config
+
+
+@functools.cache
+def _plugged_class(base: type[Any]) -> type[Any]:
+    return type(base.__name__, (_ChecksAtStart, base), {"__module__": base.__module__})
+
+
+def engine_args(*specs: str, **options: Any) -> dict[str, Any]:
+    """Return the keyword arguments that turn plug-ins on in ``LLM(...)`` or ``EngineArgs(...)``.
+
+    Args:
+        specs: Plug-ins in the language of ``--plugin``.
+        options: Options of the plug-in when there is just one.
+
+    Raises:
+        PluginError: A plug-in is refused.
+
+    Example:
+        ``LLM(model, **engine_args("sarathi", tbt_slo_ms=40))``
+    """
+    parsed = parse_specs(specs)
+    if options and len(parsed) != 1:
+        raise PluginError(
+            f"engine_args(..., {next(iter(options))}=...)",
+            f"options need exactly one plug-in, got {len(parsed)}",
+            'put them into the names: engine_args("sarathi:tbt_slo_ms=40", "spf")',
+        )
+    merged = [PluginSpec(spec.name, {**spec.options, **options}) for spec in parsed]
+    return expand(merged, {})

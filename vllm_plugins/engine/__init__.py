@@ -1,0 +1,1 @@
+"""Engine plumbing shared by the plug-ins: the only code that knows vLLM's internals."""

@@ -1,0 +1,226 @@
+"""The scheduler host: vLLM's own scheduler with policies around ``schedule()``.
+
+``schedule()`` is never copied. Before it runs, the policies narrow a :class:`StepPlan`; the host
+applies the plan to the few attributes that the stock method reads (token budget, order of running
+requests, admission limit), calls it, and puts everything back. With no policy, nothing at all
+happens around the stock method.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_plugins.engine.policy import SchedulerFacts, SchedulerPolicy, Step, StepPlan
+from vllm_plugins.errors import PluginError
+from vllm_plugins.metrics import ACTIVE, Metrics, engine_labels
+from vllm_plugins.plugin import SchedulerPlugin
+from vllm_plugins.settings import enabled_plugins
+from vllm_plugins.versions import admission_limits
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
+
+# Under vLLM's own root logger, so that its handlers and levels apply.
+logger = init_logger("vllm.vllm_plugins.scheduler")
+
+
+def create_scheduler(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Scheduler:
+    """Make the scheduler of one engine; the value of ``--scheduler-cls``.
+
+    Chooses between the asynchronous and the synchronous scheduler as vLLM does when no class is
+    given. A function, because only the engine's final configuration knows which.
+    """
+    if vllm_config.scheduler_config.async_scheduling:
+        return AsyncSchedulerHost(vllm_config, *args, **kwargs)
+    return SchedulerHost(vllm_config, *args, **kwargs)
+
+
+class _PolicyHost(Scheduler):
+    """Mixed in before a scheduler class; every attribute of its own starts with ``plugin_``."""
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)
+        self.plugin_clock: Callable[[], float] = time.monotonic
+        self.plugin_wall_clock: Callable[[], float] = time.time
+        self.plugin_steps: deque[Step] = deque()
+        self.plugin_last_update = 0.0
+        self.plugin_admission_limits = admission_limits(self)
+        self.plugin_policies = self._plugin_load_policies()
+
+    def _plugin_load_policies(self) -> list[SchedulerPolicy]:
+        enabled = enabled_plugins(self.vllm_config)
+        chosen = [item for item in enabled if isinstance(item.plugin, SchedulerPlugin)]
+        policies = [item.plugin.policy(item.options, self.vllm_config) for item in chosen]
+        specs = [spec for policy in policies for spec in policy.metrics]
+        metrics = Metrics([ACTIVE, *specs], engine_labels(self.vllm_config))
+        facts = self._plugin_facts()
+        for item, policy in zip(chosen, policies, strict=True):
+            policy.bind(facts, metrics)
+            metrics.set(ACTIVE.name, 1, item.plugin.name)
+            logger.info(
+                "vllm-plugins: %s is on (%s): %s",
+                item.plugin.name,
+                type(self).__name__,
+                item.options,
+            )
+        self._plugin_take_waiting_queue([i.plugin.name for i in chosen], policies)
+        return policies
+
+    def _plugin_facts(self) -> SchedulerFacts:
+        return SchedulerFacts(
+            max_tokens=self.max_num_scheduled_tokens,
+            decode_rows=1 + self.num_spec_tokens,
+            pipeline_stages=self.parallel_config.pipeline_parallel_size,
+            clock=lambda: self.plugin_clock(),
+        )
+
+    def _plugin_take_waiting_queue(self, names: list[str], policies: list[SchedulerPolicy]) -> None:
+        owner = ""
+        for name, policy in zip(names, policies, strict=True):
+            queue = policy.waiting_queue()
+            if queue is None:
+                continue
+            if owner:
+                raise PluginError(
+                    f"--plugin {name}",
+                    f"orders the waiting queue, and so does '{owner}'",
+                    f"drop {owner} or {name}",
+                )
+            if self.scheduler_config.policy != "fcfs":
+                raise PluginError(
+                    f"--plugin {name}",
+                    "orders the waiting queue, and so does --scheduling-policy "
+                    f"{self.scheduler_config.policy}",
+                    f"drop --scheduling-policy or --plugin {name}",
+                )
+            self.waiting, owner = queue, name
+
+    def add_request(self, request: Request) -> None:
+        """Add a request, telling the policies of it first."""
+        if self.plugin_policies:
+            # A long step keeps arrivals in the engine's input queue, and that wait counts too.
+            age = max(0.0, self.plugin_wall_clock() - request.arrival_time)
+            for policy in self.plugin_policies:
+                policy.added(request, self.plugin_clock() - age)
+        super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Schedule one step with vLLM's own method, under the policies' plan."""
+        if not self.plugin_policies:
+            return super().schedule(*args, **kwargs)
+        _, num_waiting = self.get_request_counts()
+        plan = StepPlan(
+            self.plugin_clock(),
+            self.running,
+            self.waiting,
+            num_waiting,
+            self.max_num_scheduled_tokens,
+        )
+        for policy in self.plugin_policies:
+            policy.plan(plan)
+        with self._plugin_applied(plan):
+            output = super().schedule(*args, **kwargs)
+        step = Step(plan, output, plan.now)
+        self.plugin_steps.append(step)
+        for policy in self.plugin_policies:
+            policy.scheduled(step)
+            if output.finished_req_ids:
+                policy.forget(output.finished_req_ids)
+        return output
+
+    @contextmanager
+    def _plugin_applied(self, plan: StepPlan) -> Iterator[None]:
+        stock_tokens = self.max_num_scheduled_tokens
+        stock_limits = [getattr(self, name) for name in self.plugin_admission_limits]
+        order = self.running
+        if plan.decode_first and plan.prefills:
+            order = plan.decodes + plan.prefills
+        self.running = [r for r in order if r not in plan.hidden] if plan.hidden else order
+        self._plugin_limit_admissions(plan, stock_limits)
+        self.max_num_scheduled_tokens = plan.token_budget
+        try:
+            yield
+        finally:
+            self.max_num_scheduled_tokens = stock_tokens
+            for name, limit in zip(self.plugin_admission_limits, stock_limits, strict=True):
+                setattr(self, name, limit)
+            if plan.hidden:
+                self.running = _put_back(self.running, order, plan.hidden)
+
+    def _plugin_limit_admissions(self, plan: StepPlan, stock_limits: list[int]) -> None:
+        """Lower the limits so that hidden requests keep their slots."""
+        if not plan.hidden and plan.max_admissions is None:
+            return
+        for name, stock in zip(self.plugin_admission_limits, stock_limits, strict=True):
+            limit = stock - len(plan.hidden)
+            if plan.max_admissions is not None:
+                taken = len(self.running) + self.num_waiting_for_streaming_input
+                limit = min(limit, taken + plan.max_admissions)
+            setattr(self, name, limit)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Process a step's result with vLLM's own method, then let the policies learn from it."""
+        if not self.plugin_policies:
+            return super().update_from_output(scheduler_output, model_runner_output)
+        ran_until = self.plugin_clock()
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        step = self._plugin_take_step(scheduler_output)
+        if step is not None:
+            self._plugin_time(step, ran_until)
+            step.emitted = tuple(
+                item.request_id
+                for client in outputs.values()
+                for item in client.outputs
+                if item.new_token_ids
+            )
+            for policy in self.plugin_policies:
+                policy.completed(step)
+        return outputs
+
+    def _plugin_take_step(self, output: SchedulerOutput) -> Step | None:
+        # Results come back in the order in which steps were scheduled.
+        while self.plugin_steps:
+            step = self.plugin_steps.popleft()
+            if step.output is output:
+                return step
+        return None
+
+    def _plugin_time(self, step: Step, ran_until: float) -> None:
+        """Attribute engine time to a step.
+
+        Steps overlap when several are in flight: a step has the engine to itself from when it was
+        scheduled or the one before it ended, whichever is later.
+        """
+        if step.output.total_num_scheduled_tokens > 0:
+            step.duration = ran_until - max(step.scheduled_at, self.plugin_last_update)
+        self.plugin_last_update = step.finished_at = ran_until
+
+
+class SchedulerHost(_PolicyHost, Scheduler):
+    """Host on the synchronous scheduler."""
+
+
+class AsyncSchedulerHost(_PolicyHost, AsyncScheduler):
+    """Host on the asynchronous scheduler, vLLM's default on CUDA."""
+
+
+def _put_back(after: list[Request], before: list[Request], hidden: set[Request]) -> list[Request]:
+    """Return the running list with hidden requests at their old places and new ones at the end."""
+    survivors = set(after)
+    kept = [request for request in before if request in survivors or request in hidden]
+    known = set(kept)
+    return kept + [request for request in after if request not in known]

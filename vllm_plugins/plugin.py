@@ -1,0 +1,130 @@
+"""What a plug-in declares: its name, its options, what it needs and what it changes.
+
+A plug-in is one class, found through the entry-point group ``vllm_plugins.plugins``. Declaring
+one imports neither torch nor vLLM, so that listing and refusing are quick; whatever needs them
+is imported inside the methods that run in an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_plugins.arguments import EngineArguments
+    from vllm_plugins.engine.policy import SchedulerPolicy
+
+Family = Literal[
+    "scheduler",
+    "attention backend",
+    "kv connector",
+    "speculative decoding",
+    "visual tokens",
+    "expert offload",
+    "quantization",
+    "model",
+]
+Runner = Literal["V1", "V2"]
+
+SCHEDULER_HOST = "vllm_plugins.engine.scheduler_host.create_scheduler"
+
+
+class Options(BaseModel):
+    """Base of a plug-in's options: frozen, and an unknown key is an error.
+
+    The description of each field is its help text, so it names the unit and what the default
+    means. A field whose value changes the model's computation graph is declared with
+    ``json_schema_extra={"graph": True}``; only such fields take part in vLLM's compile-cache key.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def graph_values(self) -> dict[str, Any]:
+        """Return the options that change the computation graph, as JSON-ready values."""
+        fields = type(self).model_fields
+        names = {n for n, f in fields.items() if (f.json_schema_extra or {}).get("graph")}  # type: ignore[union-attr]
+        return self.model_dump(mode="json", include=names)
+
+
+class NoOptions(Options):
+    """For a plug-in that is only on or off."""
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a technique was published."""
+
+    title: str
+    arxiv: str = ""
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a plug-in can run on; None means any.
+
+    Args:
+        vllm: A version specifier, inside the package's own tested window.
+        platforms: Device types as vLLM names them (``cuda``, ``cpu``, ...).
+        runners: Model runners.
+    """
+
+    vllm: str = ""
+    platforms: frozenset[str] | None = None
+    runners: frozenset[Runner] | None = None
+
+
+class Plugin:
+    """Base class of a plug-in's declaration."""
+
+    name: ClassVar[str]
+    family: ClassVar[Family]
+    summary: ClassVar[str]
+    papers: ClassVar[tuple[Paper, ...]] = ()
+    exactness: ClassVar[str]
+    """``exact``, or ``approximate`` and by which option; the neutral setting is exact."""
+    requires: ClassVar[Requirements] = Requirements()
+    conflicts: ClassVar[dict[str, str]] = {}
+    """Names of plug-ins that cannot run beside this one, each with its reason."""
+    Options: ClassVar[type[Options]] = NoOptions
+
+    def configure(self, options: Any, arguments: EngineArguments) -> None:
+        """Set the stock engine arguments that carry the plug-in; runs in the front end.
+
+        Raises:
+            PluginError: The user has set one of them to something else.
+        """
+
+    def check(self, options: Any, config: VllmConfig) -> None:
+        """Refuse a model or an engine configuration that the plug-in cannot serve.
+
+        Runs where the complete configuration exists: in the front end and again in the engine.
+
+        Raises:
+            PluginError: The combination cannot work.
+        """
+
+    def check_beside(self, options: Any, others: Sequence[str]) -> None:
+        """Refuse options that cannot be combined with the other enabled plug-ins.
+
+        Raises:
+            PluginError: The combination cannot work.
+        """
+
+
+class SchedulerPlugin(Plugin):
+    """A plug-in that is one policy of the scheduler host."""
+
+    family: ClassVar[Family] = "scheduler"
+
+    def configure(self, options: Any, arguments: EngineArguments) -> None:
+        """Choose the scheduler host, which finds its policies in the engine's configuration."""
+        arguments.set("scheduler_cls", SCHEDULER_HOST)
+
+    def policy(self, options: Any, config: VllmConfig) -> SchedulerPolicy:
+        """Make the policy; runs once in each engine process."""
+        raise NotImplementedError(f"{type(self).__name__} declares no policy")

@@ -1,0 +1,137 @@
+"""Finding plug-ins through the entry-point group and turning what was asked for into objects."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+from pydantic import ValidationError
+
+from vllm_plugins.errors import PluginError
+from vllm_plugins.plugin import Options, Plugin
+from vllm_plugins.spec import PluginSpec
+from vllm_plugins.versions import require_supported_vllm
+
+GROUP = "vllm_plugins.plugins"
+
+
+@dataclass(frozen=True)
+class Enabled:
+    """A plug-in that is on, with its validated options."""
+
+    plugin: Plugin
+    options: Options
+
+
+def entry_points() -> dict[str, metadata.EntryPoint]:
+    """Return the installed plug-ins' entry points by name, loading none of them.
+
+    Raises:
+        PluginError: Two distributions offer the same name.
+    """
+    found: dict[str, metadata.EntryPoint] = {}
+    for point in metadata.entry_points(group=GROUP):
+        if point.name in found and found[point.name].value != point.value:
+            raise PluginError(
+                f"--plugin {point.name}",
+                f"is offered by both {found[point.name].value} and {point.value}",
+                "uninstall one of the two packages",
+            )
+        found[point.name] = point
+    return dict(sorted(found.items()))
+
+
+def load(name: str) -> Plugin:
+    """Load one plug-in's declaration.
+
+    Raises:
+        PluginError: No such plug-in, or its package does not import.
+    """
+    points = entry_points()
+    if name not in points:
+        close = difflib.get_close_matches(name, points, n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise PluginError(
+            f"--plugin {name}", "no such plug-in", f"{hint}installed: {', '.join(points)}"
+        )
+    try:
+        declaration = points[name].load()
+    except Exception as error:
+        raise PluginError(
+            f"--plugin {name}",
+            f"{points[name].value} does not load ({type(error).__name__}: {error})",
+            "reinstall the package that provides it",
+        ) from error
+    if not (isinstance(declaration, type) and issubclass(declaration, Plugin)):
+        raise PluginError(
+            f"--plugin {name}",
+            f"{points[name].value} is not a subclass of vllm_plugins.plugin.Plugin",
+            "point the entry point at the plug-in's class",
+        )
+    return declaration()
+
+
+def enable(specs: Sequence[PluginSpec]) -> list[Enabled]:
+    """Validate what was asked for: names, options, versions and combinations.
+
+    Raises:
+        PluginError: The first thing that cannot work.
+    """
+    version = require_supported_vllm()
+    enabled = [_enable_one(spec, version) for spec in specs]
+    names = [item.plugin.name for item in enabled]
+    for item in enabled:
+        others = [name for name in names if name != item.plugin.name]
+        for other in others:
+            if other in item.plugin.conflicts:
+                raise PluginError(
+                    f"--plugin {item.plugin.name}",
+                    f"cannot run beside '{other}' ({item.plugin.conflicts[other]})",
+                    f"drop {item.plugin.name} or {other}",
+                )
+        item.plugin.check_beside(item.options, others)
+    return enabled
+
+
+def _enable_one(spec: PluginSpec, version: Version) -> Enabled:
+    plugin = load(spec.name)
+    wanted = SpecifierSet(plugin.requires.vllm, prereleases=True)
+    if Version(version.public) not in wanted:
+        raise PluginError(
+            f"--plugin {spec.name}", f"needs vLLM {wanted}, found {version}", "install one of those"
+        )
+    return Enabled(plugin, validate_options(plugin, spec.options))
+
+
+def validate_options(plugin: Plugin, values: dict[str, Any]) -> Options:
+    """Return the plug-in's options object.
+
+    Raises:
+        PluginError: An option is unknown, ill-typed or out of range.
+    """
+    try:
+        return plugin.Options.model_validate(values)
+    except ValidationError as error:
+        raise _option_error(plugin, error) from None
+
+
+def _option_error(plugin: Plugin, error: ValidationError) -> PluginError:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    fields = plugin.Options.model_fields
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, fields, n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        known = ", ".join(fields) or "none"
+        return PluginError(
+            f"--plugin {plugin.name}: {key}", "unknown option", f"{hint}options: {known}"
+        )
+    where = f"--plugin {plugin.name}" + (f": {key}={first['input']}" if key else "")
+    message = first["msg"].removeprefix("Value error, ")
+    mend = f"see `vllm-plugins describe {plugin.name}`"
+    return PluginError(where, message[:1].lower() + message[1:], mend)
