@@ -5,9 +5,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from serving import Server, ServerDiedError, serve
+import pytest
+from serving import Served, serving
 
-__all__ = ["Server", "ServerDiedError", "served"]
+from vllm_plugins.bench.errors import ProcessFailedError
+
+__all__ = ["ProcessFailedError", "Served", "served"]
 
 # Exact arithmetic and a quick start; a later argument of the same name wins.
 SERVE_DEFAULTS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048")
@@ -19,7 +22,7 @@ def served(
     *arguments: str,
     environment: Mapping[str, str] | None = None,
     ready_s: float = 180,
-) -> Iterator[Server]:
+) -> Iterator[Served]:
     """Serve `model` over HTTP on loopback for the length of the block.
 
     Args:
@@ -29,16 +32,13 @@ def served(
         ready_s: seconds until the start counts as failed.
 
     Raises:
-        ServerDiedError: it ended or did not get ready; the message holds the log's tail.
+        ProcessFailedError: it ended or did not get ready; the message holds the log's tail.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        for name, value in (environment or {}).items():
+            patch.setenv(name, value)
         log = Path(folder) / "vllm.log"
-        with serve(
-            model,
-            *SERVE_DEFAULTS,
-            *arguments,
-            log_file=log,
-            environment=environment,
-            ready_s=ready_s,
-        ) as server:
+        options = (*SERVE_DEFAULTS, *arguments)
+        with serving(model, *options, label="test", log=log, ready_s=ready_s) as server:
+            patch.undo()
             yield server

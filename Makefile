@@ -1,0 +1,36 @@
+# Every target does its own set-up: a clean clone and a Python of the supported range are enough.
+PYTHON ?= python3
+VENV := .venv/bin
+# Where `make test` leaves pytest's report, for .ci/run.
+PYTEST_LOG := .cache/pytest.log
+
+.PHONY: help setup models demo test matrix lint check-all
+.DEFAULT_GOAL := help
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup: ## Create .venv with the CPU build of vLLM and this project (3 to 4 minutes, once)
+	@$(PYTHON) scripts/setup_env.py
+
+models: setup ## Convert SmolLM2-135M-Instruct into .cache/models (under a minute, once)
+	@$(VENV)/python examples/models/smollm2.py
+
+demo: models ## Serve SmolLM2 stock and with a plug-in, while a long prompt arrives
+	@$(VENV)/python examples/demo/demo.py
+
+test: setup ## Run all tests: unit, engine, HTTP
+	@set -o pipefail; $(VENV)/python -m pytest $(PYTEST_ARGS) 2>&1 | tee $(PYTEST_LOG)
+
+matrix: setup ## Run the contract tests on every supported vLLM and write docs/compatibility.md
+	@$(VENV)/python -m vllm_plugins.compat.matrix
+
+lint: setup ## ruff, mypy and the project's own norms
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/mypy
+	$(VENV)/python scripts/check_norms.py
+
+check-all: lint test matrix ## Everything that CI runs, and the linters
+
+test: SHELL := /bin/bash
