@@ -94,6 +94,11 @@ class Metrics:
         self._labels = dict(labels)
         self._files: dict[str, MmapedDict] = {}
         self._slots: dict[tuple[str, str], _Slot] = {}
+        # Everything exists from the start: a series that appears late hides its first increase.
+        for spec in self._specs.values():
+            if not spec.label:
+                for label in (*map(_bound, spec.buckets), "+Inf", "sum") if spec.buckets else ("",):
+                    self._slot(spec.name, label)
 
     def inc(self, name: str, amount: float = 1.0, label: str = "") -> None:
         """Add to a counter."""
@@ -108,7 +113,7 @@ class Metrics:
         """Add an observation to a histogram."""
         buckets = self._specs[name].buckets
         i = bisect.bisect_left(buckets, value)
-        bound = f"{float(buckets[i])}" if i < len(buckets) else "+Inf"
+        bound = _bound(buckets[i]) if i < len(buckets) else "+Inf"
         bucket, total = self._slot(name, bound), self._slot(name, "sum")
         bucket.write(bucket.value + 1)
         total.write(total.value + value)
@@ -158,6 +163,10 @@ class _Slot:
     def write(self, value: float, timestamp: float = 0.0) -> None:
         self.value = value
         self._file.write_value(self._key, value, timestamp)
+
+
+def _bound(value: float) -> str:
+    return str(float(value))
 
 
 def engine_labels(config: Any) -> dict[str, str]:

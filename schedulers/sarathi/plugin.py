@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from vllm_plugins.errors import PluginError
 from vllm_plugins.plugin import Options, Paper, SchedulerPlugin
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 PAPER_BUDGET = 512
 """Token budget that the artifact of Sarathi-Serve uses under its strict targets for every model."""
+
+
+def _number(value: object) -> object:
+    """Read a number that the command line gives as text; a choice of numbers does not by itself."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
 
 logger = logging.getLogger("vllm.vllm_plugins.sarathi")
 
@@ -54,13 +60,13 @@ class SarathiOptions(Options):
     margin: float = Field(
         1.2, ge=1.0, le=2.0, description="A step is planned for tbt_slo_ms divided by this."
     )
-    tile: Literal[1, 16, 32, 64, 128, 256] | None = Field(
+    tile: Annotated[Literal[1, 16, 32, 64, 128, 256] | None, BeforeValidator(_number)] = Field(
         None, description="Rows of a matrix tile; budgets are multiples. By default 128, CPU 1."
     )
     min_budget: int | None = Field(
         None, ge=1, description="Least rows of a step with prefill work. By default 128, CPU 16."
     )
-    max_prefills_per_step: Literal[0, 1] = Field(
+    max_prefills_per_step: Annotated[Literal[0, 1], BeforeValidator(_number)] = Field(
         0, description="1: decode-maximal steps with a single prefill chunk; 0: no limit."
     )
     decode_first: bool = Field(True, description="Try every decode before any prefill.")
