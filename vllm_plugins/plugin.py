@@ -7,7 +7,6 @@ is imported inside the methods that run in an engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -108,13 +107,6 @@ class Plugin:
             PluginError: The combination cannot work.
         """
 
-    def check_beside(self, options: Any, others: Sequence[str]) -> None:
-        """Refuse options that cannot be combined with the other enabled plug-ins.
-
-        Raises:
-            PluginError: The combination cannot work.
-        """
-
 
 class SchedulerPlugin(Plugin):
     """A plug-in that is one policy of the scheduler host."""
@@ -124,6 +116,10 @@ class SchedulerPlugin(Plugin):
     def configure(self, options: Any, arguments: EngineArguments) -> None:
         """Choose the scheduler host, which finds its policies in the engine's configuration."""
         arguments.set("scheduler_cls", SCHEDULER_HOST)
+
+    def orders_waiting(self, options: Any) -> bool:
+        """Whether the policy decides the order of waiting requests; only one can."""
+        return False
 
     def policy(self, options: Any, config: VllmConfig) -> SchedulerPolicy:
         """Make the policy; runs once in each engine process."""

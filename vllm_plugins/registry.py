@@ -13,7 +13,7 @@ from packaging.version import Version
 from pydantic import ValidationError
 
 from vllm_plugins.errors import PluginError
-from vllm_plugins.plugin import Options, Plugin
+from vllm_plugins.plugin import Options, Plugin, SchedulerPlugin
 from vllm_plugins.spec import PluginSpec
 from vllm_plugins.versions import require_supported_vllm
 
@@ -84,18 +84,40 @@ def enable(specs: Sequence[PluginSpec]) -> list[Enabled]:
     """
     version = require_supported_vllm()
     enabled = [_enable_one(spec, version) for spec in specs]
-    names = [item.plugin.name for item in enabled]
-    for item in enabled:
-        others = [name for name in names if name != item.plugin.name]
-        for other in others:
-            if other in item.plugin.conflicts:
-                raise PluginError(
-                    f"--plugin {item.plugin.name}",
-                    f"cannot run beside '{other}' ({item.plugin.conflicts[other]})",
-                    f"drop {item.plugin.name} or {other}",
-                )
-        item.plugin.check_beside(item.options, others)
+    _check_conflicts(enabled)
+    _check_one_order(enabled)
     return enabled
+
+
+def _check_conflicts(enabled: Sequence[Enabled]) -> None:
+    names = {item.plugin.name for item in enabled}
+    for item in enabled:
+        name, conflicts = item.plugin.name, item.plugin.conflicts
+        for other in sorted(names & conflicts.keys()):
+            raise PluginError(
+                f"--plugin {name}",
+                f"cannot run beside '{other}' ({conflicts[other]})",
+                f"drop {name} or {other}",
+            )
+
+
+def waiting_order_owners(enabled: Sequence[Enabled]) -> list[str]:
+    """Return the names of the plug-ins that decide the order of waiting requests."""
+    return [
+        item.plugin.name
+        for item in enabled
+        if isinstance(item.plugin, SchedulerPlugin) and item.plugin.orders_waiting(item.options)
+    ]
+
+
+def _check_one_order(enabled: Sequence[Enabled]) -> None:
+    owners = waiting_order_owners(enabled)
+    if len(owners) > 1:
+        raise PluginError(
+            f"--plugin {owners[1]}",
+            f"orders the waiting queue, and so does '{owners[0]}'",
+            "drop one of the two, or the option that makes it order the queue",
+        )
 
 
 def _enable_one(spec: PluginSpec, version: Version) -> Enabled:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_plugins.errors import PluginError
-from vllm_plugins.registry import Enabled, enable
+from vllm_plugins.registry import Enabled, enable, waiting_order_owners
 from vllm_plugins.spec import PluginSpec
 
 if TYPE_CHECKING:
@@ -80,7 +80,18 @@ def enabled_plugins(config: VllmConfig) -> list[Enabled]:
     for item in enabled:
         _check_platform(item, config)
         item.plugin.check(item.options, config)
+    _check_order(enabled, config)
     return enabled
+
+
+def _check_order(enabled: Sequence[Enabled], config: VllmConfig) -> None:
+    policy = config.scheduler_config.policy
+    for name in waiting_order_owners(enabled) if policy != "fcfs" else []:
+        raise PluginError(
+            f"--plugin {name}",
+            f"orders the waiting queue, and so does --scheduling-policy {policy}",
+            f"drop --scheduling-policy or --plugin {name}",
+        )
 
 
 def _check_platform(item: Enabled, config: VllmConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
@@ -98,6 +97,10 @@ class SarathiOptions(Options):
         """Return the budget mode with its default resolved."""
         return self.budget_mode or ("static" if self.tbt_slo_ms is None else "model")
 
+    def queue_order(self) -> Literal["fcfs", "least_slack"]:
+        """Return the order of waiting requests with its default resolved."""
+        return self.order or ("fcfs" if self.ttft_slo_ms is None else "least_slack")
+
     def resolved(self, config: VllmConfig) -> SarathiOptions:
         """Return the options with every default that depends on the engine filled in."""
         cpu = config.device_config.device_type == "cpu"
@@ -108,7 +111,7 @@ class SarathiOptions(Options):
             "token_budget": self.token_budget or min(PAPER_BUDGET, ceiling),
             "tile": tile,
             "min_budget": self.min_budget or (16 if cpu else 128),
-            "order": self.order or ("fcfs" if self.ttft_slo_ms is None else "least_slack"),
+            "order": self.queue_order(),
             "pp_balance": config.parallel_config.pipeline_parallel_size > 1
             and self.pp_balance is not False,
         }
@@ -133,15 +136,9 @@ class SarathiPlugin(SchedulerPlugin):
     exactness = "exact"
     Options: ClassVar[type[Options]] = SarathiOptions
 
-    def check_beside(self, options: SarathiOptions, others: Sequence[str]) -> None:
-        """Refuse a second owner of the waiting queue."""
-        ordered = options.order == "least_slack" or (options.order is None and options.ttft_slo_ms)
-        if "spf" in others and ordered:
-            raise PluginError(
-                "--plugin sarathi: order=least_slack",
-                "orders the waiting queue, and so does 'spf'",
-                "set order=fcfs or drop spf",
-            )
+    def orders_waiting(self, options: SarathiOptions) -> bool:
+        """Whether waiting requests are put in order of their slack."""
+        return options.queue_order() == "least_slack"
 
     def check(self, options: SarathiOptions, config: VllmConfig) -> None:
         """Refuse engines whose steps have no budget, and budgets that the engine cannot hold."""

@@ -20,8 +20,9 @@ from vllm_plugins.schedulers.sarathi.latency import LatencyLedger
 from vllm_plugins.schedulers.sarathi.least_slack import Waiting, least_slack_order
 from vllm_plugins.schedulers.sarathi.targets import Targets
 
-from vllm_plugins.engine.cost_model import StepWork, chunk_work
+from vllm_plugins.engine.cost_model import StepWork
 from vllm_plugins.engine.policy import SchedulerPolicy, Step, StepPlan
+from vllm_plugins.engine.step_work import work_of
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -138,7 +139,7 @@ class SarathiPolicy(SchedulerPolicy):
 
     def scheduled(self, step: Step) -> None:
         """Remember what the step contains, and count decodes that were left out."""
-        work, prefill_rows = _work_of(step)
+        work, prefill_rows = work_of(step)
         step.notes["sarathi"] = (work, prefill_rows)
         if prefill_rows:
             self.metric.observe(m.BUDGET.name, step.plan.token_budget)
@@ -191,25 +192,3 @@ def _runnable(request: Request) -> bool:
     """Whether a running decode has a token to compute that no step in flight computes already."""
     known = request.num_tokens_with_spec + request.num_output_placeholders
     return bool(known > request.num_computed_tokens)
-
-
-def _work_of(step: Step) -> tuple[StepWork, int]:
-    """Return what a scheduled step contains, and how many of its rows are prefill."""
-    output, plan = step.output, step.plan
-    ran = output.num_scheduled_tokens
-    chunks = [(r.req_id, r.num_computed_tokens) for r in output.scheduled_new_reqs]
-    cached = output.scheduled_cached_reqs
-    if cached.resumed_req_ids:
-        resumed = zip(cached.req_ids, cached.num_computed_tokens, strict=True)
-        chunks += [(i, context) for i, context in resumed if i in cached.resumed_req_ids]
-    # By now the running requests count this step's tokens as computed.
-    chunks += [
-        (r.request_id, r.num_computed_tokens - ran[r.request_id])
-        for r in plan.prefills
-        if r.request_id in ran
-    ]
-    prefill_rows = sum(ran[request_id] for request_id, _ in chunks)
-    prefill_work = sum(chunk_work(ran[request_id], context) for request_id, context in chunks)
-    context = sum(r.num_computed_tokens for r in plan.decodes if r not in plan.hidden)
-    rows = output.total_num_scheduled_tokens
-    return StepWork(rows, len(ran), context, prefill_work), prefill_rows

@@ -35,6 +35,10 @@ class SpfPlugin(SchedulerPlugin):
     exactness = "exact"
     Options: ClassVar[type[Options]] = SpfOptions
 
+    def orders_waiting(self, options: SpfOptions) -> bool:
+        """Always: the order is all that this plug-in does."""
+        return True
+
     def policy(self, options: SpfOptions, config: VllmConfig) -> SpfPolicy:
         """Make the policy of one engine."""
         from vllm_plugins.schedulers.spf.policy import SpfPolicy

@@ -19,7 +19,6 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_plugins.engine.policy import SchedulerFacts, SchedulerPolicy, Step, StepPlan
-from vllm_plugins.errors import PluginError
 from vllm_plugins.metrics import ACTIVE, Metrics, engine_labels
 from vllm_plugins.plugin import SchedulerPlugin
 from vllm_plugins.settings import enabled_plugins
@@ -75,7 +74,9 @@ class _PolicyHost(Scheduler):
                 type(self).__name__,
                 item.options,
             )
-        self._plugin_take_waiting_queue([i.plugin.name for i in chosen], policies)
+        queues = [queue for policy in policies if (queue := policy.waiting_queue()) is not None]
+        for queue in queues:
+            self.waiting = queue
         return policies
 
     def _plugin_facts(self) -> SchedulerFacts:
@@ -85,27 +86,6 @@ class _PolicyHost(Scheduler):
             pipeline_stages=self.parallel_config.pipeline_parallel_size,
             clock=lambda: self.plugin_clock(),
         )
-
-    def _plugin_take_waiting_queue(self, names: list[str], policies: list[SchedulerPolicy]) -> None:
-        owner = ""
-        for name, policy in zip(names, policies, strict=True):
-            queue = policy.waiting_queue()
-            if queue is None:
-                continue
-            if owner:
-                raise PluginError(
-                    f"--plugin {name}",
-                    f"orders the waiting queue, and so does '{owner}'",
-                    f"drop {owner} or {name}",
-                )
-            if self.scheduler_config.policy != "fcfs":
-                raise PluginError(
-                    f"--plugin {name}",
-                    "orders the waiting queue, and so does --scheduling-policy "
-                    f"{self.scheduler_config.policy}",
-                    f"drop --scheduling-policy or --plugin {name}",
-                )
-            self.waiting, owner = queue, name
 
     def add_request(self, request: Request) -> None:
         """Add a request, telling the policies of it first."""
