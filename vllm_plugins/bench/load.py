@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vllm_plugins.bench.errors import BenchError, ProcessFailedError
 from vllm_plugins.bench.metrics import Trial, read_trial
@@ -62,11 +62,12 @@ class Client:
         Raises:
             ProcessFailedError: The server or the load generator died, or time ran out.
         """
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         if self.process.poll() is None:
             self.process.stdin.write(json.dumps(list(arguments)).encode() + b"\n")
             self.process.stdin.flush()
-        self._wait(server, timeout_s)
+        self._wait(self.process.stdout, server, timeout_s)
         reply = self.process.stdout.readline().decode().strip()
         # The load generator reports failed requests and ends well when the server is gone.
         server.check()
@@ -74,10 +75,10 @@ class Client:
             ended = f"failed with exit code {reply}" if reply else "died"
             raise ProcessFailedError(f"vLLM's load generator {ended}", self.log)
 
-    def _wait(self, server: Server, timeout_s: float) -> None:
+    def _wait(self, replies: IO[bytes], server: Server, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         # A pipe whose other end has gone is readable too, so a dead client ends the wait.
-        while not select.select([self.process.stdout], [], [], POLL_S)[0]:
+        while not select.select([replies], [], [], POLL_S)[0]:
             server.check()
             if time.monotonic() > deadline:
                 raise ProcessFailedError(

@@ -201,8 +201,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         return _run(args, console)
     except (BenchError, PluginError) as error:
-        # A log tail may hold square brackets, which are not markup.
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        # Not a console of rich: a log tail must stay as it is, brackets and long lines included.
+        print(f"error: {error}", file=sys.stderr)
         return FAILED
 
 
