@@ -25,6 +25,7 @@ from serving import serving
 from workload import CAPITAL, Run, run_workload
 
 from vllm_plugins.bench.errors import BenchError
+from vllm_plugins.bench.process import interrupt_on_termination
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "models"))
 from smollm2 import ensure_smollm2
@@ -88,7 +89,7 @@ def demo(args: argparse.Namespace, console: Console, logs: Path) -> bool:
     slo_ms = args.tbt_slo_ms or round(SLO_FACTOR * 1000 * float(np.median(stock.gaps)), -1)
     plugin = args.plugin or f"sarathi:tbt_slo_ms={slo_ms:.0f}"
     run, metrics = measure(console, "plug-in", ("--plugin", plugin), args.document, logs)
-    runs = {"stock vLLM": stock, f"--plugin {plugin}": run}
+    runs = {"stock vLLM": stock, plugin: run}
     print_answers(console, run.answers)
     same = sum(a.text == b.text for a, b in zip(stock.answers, run.answers, strict=True))
     console.print(f"\n{same} of {len(run.answers)} answers are the same text as stock vLLM's.\n")
@@ -105,7 +106,7 @@ def main() -> int:
     console = Console(width=max(WIDTH, Console().width))
     start = time.monotonic()
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with interrupt_on_termination(), tempfile.TemporaryDirectory() as folder:
             good = demo(args, console, Path(folder))
     except BenchError as error:
         console.print("[red]failed:[/red]", end=" ")
