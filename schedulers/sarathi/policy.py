@@ -48,10 +48,6 @@ class SarathiPolicy(SchedulerPolicy):
         # Seconds per prefill token while others run beside it; what a waiting prompt will cost.
         self._prefill_pace = 0.0
 
-    def waiting_queue(self) -> RequestQueue | None:
-        """Claim the waiting queue where the options ask for an order of its own."""
-        return FCFSRequestQueue() if self._options.order == "least_slack" else None
-
     def added(self, request: Request, arrived: float) -> None:
         """Take a new request's arrival and its own targets."""
         if not self._ledger.add(request, arrived):

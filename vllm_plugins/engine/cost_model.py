@@ -146,14 +146,23 @@ def fit(works: Sequence[StepWork], seconds: Sequence[float], tile: int = 1) -> S
 
 
 def _solve(features: FloatArray, measured: FloatArray) -> tuple[FloatArray, float]:
-    """Minimise the squared relative error with non-negative coefficients."""
+    """Minimise the squared error relative to the prediction, coefficients not negative.
+
+    Dividing by the measured time instead would favour the fast steps among equal ones, and a
+    machine's disturbances only ever make a step slower. So the weights are taken from the fit of
+    the round before.
+    """
     from scipy.optimize import nnls
 
-    weighted = features / measured[:, None]
-    scale = np.linalg.norm(weighted, axis=0)
-    scale[scale == 0] = 1.0
-    scaled, residual = nnls(weighted / scale, np.ones(len(measured)))
-    return scaled / scale, float(residual) ** 2
+    scale = measured
+    for _ in range(4):
+        weighted = features / scale[:, None]
+        norms = np.linalg.norm(weighted, axis=0)
+        norms[norms == 0] = 1.0
+        solution, residual = nnls(weighted / norms, measured / scale)
+        coefficients = solution / norms
+        scale = np.maximum(features @ coefficients, 1e-3 * measured)
+    return coefficients, float(residual) ** 2
 
 
 class Correction:
@@ -205,12 +214,11 @@ class OnlineFit:
 
     def learn(self, work: StepWork, measured: float) -> None:
         """Take one step that took ``measured`` seconds."""
-        model = self.model
-        if model is not None and measured > self.OUTLIER * model.seconds(work):
-            measured = self.OUTLIER * model.seconds(work)
-        row = design_matrix([work], math.inf, self._tile)[0] / measured
+        scale = measured if self.model is None else max(self.model.seconds(work), 1e-3 * measured)
+        ratio = min(measured / scale, self.OUTLIER)
+        row = design_matrix([work], math.inf, self._tile)[0] / scale
         self._gram = self._forgetting * self._gram + np.outer(row, row)
-        self._moment = self._forgetting * self._moment + row
+        self._moment = self._forgetting * self._moment + ratio * row
         self.steps += 1
         if self.steps >= self.MIN_STEPS and (self.steps <= 32 or self.steps % self._every == 0):
             self.model = self._refit()

@@ -74,9 +74,11 @@ class _PolicyHost(Scheduler):
                 type(self).__name__,
                 item.options,
             )
-        queues = [queue for policy in policies if (queue := policy.waiting_queue()) is not None]
-        for queue in queues:
-            self.waiting = queue
+        for policy in policies:
+            # The registry has let at most one plug-in through that orders the queue.
+            queue = policy.waiting_queue()
+            if queue is not None:
+                self.waiting = queue
         return policies
 
     def _plugin_facts(self) -> SchedulerFacts:
