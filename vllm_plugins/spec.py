@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,19 @@ from typing import Any
 from vllm_plugins.errors import PluginError
 
 FORM = 'write NAME[:key=value,...] or a JSON object such as \'{"name": "sarathi", ...}\''
-_OPENING, _CLOSING = "[{", "]}"
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object; by itself JSON silently keeps the last of two equal keys."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise PluginError(f"--plugin: {json.dumps(key)}", "is given twice", "keep one")
+        found[key] = value
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicates)
 
 
 @dataclass(frozen=True)
@@ -38,21 +51,26 @@ def parse_specs(texts: Iterable[str]) -> list[PluginSpec]:
 
 def _parse(text: str) -> Iterator[PluginSpec]:
     text = text.strip()
-    if text[:1] in _OPENING and text:
-        yield from _from_json(text, _load_json(text))
+    if text.startswith(("[", "{")):
+        yield from _from_json(text, _load(text))
     else:
         yield _from_short_form(text)
 
 
-def _load_json(text: str) -> Any:
+def _load(text: str) -> Any:
     try:
-        return json.loads(text)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise PluginError(f"--plugin {text}", f"is not JSON ({error})", FORM) from None
+        problem = error
+    try:
+        # vLLM passes a mapping inside a YAML list on as Python prints it.
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise PluginError(f"--plugin {text}", f"is not JSON ({problem})", FORM) from None
 
 
 def _from_json(text: str, value: Any) -> Iterator[PluginSpec]:
-    if isinstance(value, list):
+    if isinstance(value, list) and value:
         for item in value:
             if isinstance(item, str):
                 yield from _parse(item)
@@ -60,7 +78,7 @@ def _from_json(text: str, value: Any) -> Iterator[PluginSpec]:
                 yield from _from_json(text, item)
     elif isinstance(value, Mapping) and isinstance(value.get("name"), str):
         yield PluginSpec(value["name"], {k: v for k, v in value.items() if k != "name"})
-    elif isinstance(value, Mapping) and all(isinstance(v, Mapping | None) for v in value.values()):
+    elif _is_nested(value):
         # The form that a nested mapping in a YAML configuration file arrives in.
         for name, options in value.items():
             yield PluginSpec(name, dict(options or {}))
@@ -68,51 +86,48 @@ def _from_json(text: str, value: Any) -> Iterator[PluginSpec]:
         raise PluginError(f"--plugin {text}", "has no plug-in name", FORM)
 
 
+def _is_nested(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(options, Mapping | None) for options in value.values())
+    )
+
+
 def _from_short_form(text: str) -> PluginSpec:
     name, _, rest = text.partition(":")
     if not name or "=" in name:
         raise PluginError(f"--plugin {text}", "has no plug-in name", FORM)
     options: dict[str, Any] = {}
-    for item in _split_commas(rest):
-        key, equals, value = item.partition("=")
+    while rest:
+        item = rest.partition(",")[0]
+        key, _, after = rest.partition("=")
         key = key.strip().replace("-", "_")
-        if not equals or not key:
+        if "=" not in item or not key:
             raise PluginError(f"--plugin {text}", f"'{item}' is not key=value", FORM)
         if key in options:
             raise PluginError(f"--plugin {text}", f"option '{key}' is given twice", "keep one")
-        options[key] = _value(value.strip(), text)
-    return PluginSpec(name, options)
+        options[key], rest = _take_value(after.lstrip(), text)
+    return PluginSpec(name.strip(), options)
 
 
-def _split_commas(text: str) -> Iterator[str]:
-    """Split at commas that stand outside quotes and brackets."""
-    depth, start, quoted, escaped = 0, 0, False, False
-    for i, char in enumerate(text):
-        if quoted:
-            quoted = escaped or char != '"'
-            escaped = char == "\\" and not escaped
-        elif char == '"':
-            quoted = True
-        elif char in _OPENING:
-            depth += 1
-        elif char in _CLOSING:
-            depth -= 1
-        elif char == "," and depth == 0:
-            yield text[start:i]
-            start = i + 1
-    if text[start:]:
-        yield text[start:]
+def _take_value(text: str, whole: str) -> tuple[Any, str]:
+    """Return the value that a text begins with, and the text after its comma.
 
-
-def _value(text: str, whole: str) -> Any:
-    """Decode what only JSON can say; numbers and booleans are left to the option's own type."""
-    if text == "null":
-        return None
-    if text[:1] in ('"', "[", "{") and text:
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PluginError(
-                f"--plugin {whole}", f"'{text}' is not JSON ({error})", FORM
-            ) from None
-    return text
+    Only JSON strings, lists and objects may contain commas. Numbers and booleans are left to the
+    option's own type, since only that knows whether ``1`` is a number or a word.
+    """
+    if not text.startswith(('"', "[", "{")):
+        bare, _, rest = text.partition(",")
+        bare = bare.strip()
+        return (None if bare == "null" else bare), rest
+    try:
+        value, end = _DECODER.raw_decode(text)
+    except json.JSONDecodeError as error:
+        raise PluginError(f"--plugin {whole}", f"'{text}' is not JSON ({error})", FORM) from None
+    rest = text[end:].lstrip()
+    if rest and not rest.startswith(","):
+        raise PluginError(
+            f"--plugin {whole}", f"'{rest}' follows the value {text[:end]}", "put a comma there"
+        )
+    return value, rest[1:]
