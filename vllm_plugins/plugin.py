@@ -34,14 +34,14 @@ SCHEDULER_HOST = "vllm_plugins.engine.scheduler_host.create_scheduler"
 
 
 class Options(BaseModel):
-    """Base of a plug-in's options: frozen, and an unknown key is an error.
+    """Base of a plug-in's options: frozen; an unknown key, NaN and infinity are errors.
 
     The description of each field is its help text, so it names the unit and what the default
     means. A field whose value changes the model's computation graph is declared with
     ``json_schema_extra={"graph": True}``; only such fields take part in vLLM's compile-cache key.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def graph_values(self) -> dict[str, Any]:
         """Return the options that change the computation graph, as JSON-ready values."""
