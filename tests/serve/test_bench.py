@@ -1,7 +1,6 @@
 """The whole ``vllm-plugins bench`` on a tiny model: servers, load, files, failures, Ctrl-C."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -31,7 +30,7 @@ def processes_of(out):
     for entry in Path("/proc").glob("[0-9]*"):
         # A load generator and an engine name neither: their log file gives them away.
         try:
-            streams = {os.readlink(entry / "fd" / number) for number in ("1", "2")}
+            streams = {str((entry / "fd" / number).readlink()) for number in ("1", "2")}
         except (FileNotFoundError, PermissionError, ProcessLookupError):
             continue
         found += [stream for stream in streams if stream.startswith(f"{out}/")]

@@ -136,8 +136,20 @@ def test_doubts_are_named(results):
     text = " ".join(notes(results))
     assert "3 requests failed" in text
     assert "1 capacity searches ended without a rate on both sides" in text
-    few = Results(config(repeats=3), (POINT,))
-    assert "3 rounds: an interval covers the true ratio at most 75%" in notes(few)[-1]
+
+
+def test_few_rounds_are_said_to_prove_little(results):
+    results.config = config(repeats=3)
+    assert "3 rounds: an interval covers the true ratio at most 75%" in " ".join(notes(results))
+
+
+def test_a_run_that_ended_in_the_sweep_reports_the_sweep_alone():
+    made = Results(config(repeats=3), (POINT,))
+    made.records.append(record(SWEEP, 3, "stock", 1.0))
+    text = text_of(made)
+    assert "Static settings" in text
+    assert "Medians" not in text
+    assert "warning" not in text
 
 
 def test_decodes_that_ended_before_the_long_prompt_are_named():

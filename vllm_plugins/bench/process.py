@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-GRACE_S = 20.0
+GRACE_S = 10.0
 
 
 @contextmanager

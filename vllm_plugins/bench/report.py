@@ -79,8 +79,9 @@ def print_report(results: Results, console: Console) -> None:
         console.print(summary_table(title, rows))
     for point in results.points:
         rows = [(n, median_of(results.pair_records(n, point.label))) for n in _measured(results)]
-        title = f"Medians over {results.config.repeats} rounds at {point.label}"
-        console.print(summary_table(title, rows))
+        if rows:
+            title = f"Medians over {results.config.repeats} rounds at {point.label}"
+            console.print(summary_table(title, rows))
     for comparison in results.comparisons():
         console.print(ratio_table(comparison))
     for line in notes(results):
@@ -148,7 +149,7 @@ def notes(results: Results) -> list[str]:
         f"good request: TTFT <= {slo.ttft_ms:g} ms and its TBT {slo.tbt_stat} <= {slo.tbt_ms:g} ms"
     ]
     lines += [f"identical greedy completions, {k}: {v:.0%}" for k, v in results.accuracy().items()]
-    if config.repeats < FEWEST_ROUNDS:
+    if results.comparisons() and config.repeats < FEWEST_ROUNDS:
         covers = 1 - 2.0 ** (1 - config.repeats)
         lines.append(
             f"warning: {config.repeats} rounds: an interval covers the true ratio at most "

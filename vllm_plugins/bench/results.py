@@ -106,6 +106,7 @@ class Results:
             Comparison(one, other, point.label, tuple(self._ratios(one, other, point.label)))
             for point in self.points
             for one, other in self._pairs()
+            if self._ratios(one, other, point.label)
         ]
 
     def _pairs(self) -> Iterator[tuple[str, str]]:

@@ -137,7 +137,7 @@ class Runner:
     def _measure(
         self, server: Server, variant: Variant, phase: str, number: int, index: int, point: Point
     ) -> None:
-        label = f"{variant.name}, {phase} {number + 1 if phase == PAIR else ''}, {point.label}"
+        label = f"{variant.name}, {_phase(phase, number)}, {point.label}"
         self.progress.start(label)
         requests = self._requests(point.rate, number)
         stem = self._stem(variant, phase, number, point.label)
@@ -154,7 +154,7 @@ class Runner:
     def _search(
         self, server: Server, variant: Variant, phase: str, number: int, point: Point
     ) -> None:
-        search, label = self.config.capacity, f"{variant.name}, {phase} {number + 1}, capacity"
+        search, label = self.config.capacity, f"{variant.name}, {_phase(phase, number)}, capacity"
         tried = 0
 
         def attainment(rate: float) -> float:
@@ -207,8 +207,12 @@ class Runner:
         )
 
     def _stem(self, variant: Variant, phase: str, number: int, what: str) -> str:
-        text = f"{phase}{number + 1 if phase == PAIR else ''}-{variant.name}-{what}"
+        text = f"{_phase(phase, number)}-{variant.name}-{what}"
         return "logs/" + re.sub(r"[^A-Za-z0-9_-]+", "_", text)
+
+
+def _phase(phase: str, number: int) -> str:
+    return f"{phase}{number + 1}" if phase == PAIR else phase
 
 
 def _outcome(summary: dict[str, float]) -> str:
