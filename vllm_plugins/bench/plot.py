@@ -71,10 +71,10 @@ def draw(results: Results, path: Path) -> None:
 
 
 def _entitle(figure: Any, results: Results, label: str) -> None:
-    config = results.config
+    config, names = results.config, results.paired_names()
     at = "" if label == config.workload else f" at {label}"
     figure.suptitle(
-        f"{' vs '.join(reversed(results.paired_names()))}: {config.workload} workload{at}, "
+        f"{' vs '.join(names[1:] + names[:1])}: {config.workload} workload{at}, "
         f"{Path(config.model).name}, {config.repeats} alternated rounds",
         fontsize=11,
     )
@@ -178,7 +178,10 @@ def _forest(axis: Any, comparisons: Sequence[Comparison], colours: dict[str, str
     axis.set_xscale("log")
     _readable_ratios(axis)
     if comparisons:
-        axis.legend(fontsize=8, loc="best", framealpha=0.9)
+        # Above the axes: whiskers may reach into every corner of it.
+        axis.legend(
+            fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False
+        )
 
 
 def _readable_ratios(axis: Any) -> None:
