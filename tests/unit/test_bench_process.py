@@ -2,7 +2,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,52 @@ def test_a_server_that_never_gets_healthy_is_stopped(tmp_path, fake_vllm):
         pass
     pid = int(log.read_text().split()[-1])
     wait_for(lambda: not is_running(pid))
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A server that is healthy, tells its longest request, and fails every other one."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"data": [{"max_model_len": 2048}]}')
+
+    def do_POST(self):
+        self.send_error(500, "out of order")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def refusing(tmp_path):
+    (tmp_path / "s.log").write_text("Traceback")
+    with ThreadingHTTPServer((server.HOST, 0), Refusing) as http:
+        threading.Thread(target=http.serve_forever).start()
+        sleeper = subprocess.Popen([PYTHON, "-c", "import time; time.sleep(60)"])
+        url = f"http://{server.HOST}:{http.server_port}"
+        yield server.Server(url, "m", "stock", tmp_path / "s.log", sleeper, 1.0)
+        http.shutdown()
+        sleeper.kill()
+        sleeper.wait()
+
+
+def test_a_server_is_asked_for_its_longest_request(refusing):
+    assert refusing.max_model_len() == 2048
+
+
+def test_a_server_that_refuses_the_warm_up_is_reported_with_its_log(refusing):
+    answer = "'stock' did not answer /v1/completions: HTTP Error 500: out of order"
+    with pytest.raises(ProcessFailedError, match=answer) as error:
+        refusing.warm_up([4, 8])
+    assert "  | Traceback" in str(error.value)
+
+
+def test_a_server_found_dead_is_called_dead(refusing):
+    refusing.process.kill()
+    refusing.process.wait()
+    with pytest.raises(ProcessFailedError, match="'stock' died with exit code -9"):
+        refusing.warm_up([4])
 
 
 ECHO = """

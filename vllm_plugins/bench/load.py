@@ -25,8 +25,12 @@ from vllm_plugins.bench.workloads import Request, trace_lines
 
 # One content identity covers a whole prompt: the dataset cuts prompts into pieces of this size.
 WHOLE_PROMPT = 1 << 24
-# Contents are drawn from a generator seeded with the hash of a string.
-FIXED_HASHES = {"PYTHONHASHSEED": "0"}
+CLIENT_ENVIRONMENT = {
+    # Contents are drawn from a generator seeded with the hash of a string.
+    "PYTHONHASHSEED": "0",
+    # The other load generator of vLLM replaces the process that runs it.
+    "VLLM_USE_RUST_BENCH": "0",
+}
 POLL_S = 0.2
 
 
@@ -90,7 +94,7 @@ class Client:
 def load_client(log: Path) -> Iterator[Client]:
     """Keep a load generator ready until the block ends."""
     command = [sys.executable, "-m", "vllm_plugins.bench.client_loop"]
-    with logged_process(command, log, FIXED_HASHES, talks=True) as process:
+    with logged_process(command, log, CLIENT_ENVIRONMENT, talks=True) as process:
         yield Client(process, log)
 
 

@@ -148,6 +148,8 @@ def notes(results: Results) -> list[str]:
     lines = [
         f"good request: TTFT <= {slo.ttft_ms:g} ms and its TBT {slo.tbt_stat} <= {slo.tbt_ms:g} ms"
     ]
+    if len(config.statics) == 1:
+        lines.append(f"baseline '{config.statics[0].name}' was given, not found by a sweep")
     lines += [f"identical greedy completions, {k}: {v:.0%}" for k, v in results.accuracy().items()]
     if results.comparisons() and config.repeats < FEWEST_ROUNDS:
         covers = 1 - 2.0 ** (1 - config.repeats)

@@ -58,11 +58,15 @@ class Server:
 
     def max_model_len(self) -> int:
         """Ask for the longest prompt plus output that the server accepts, in tokens."""
-        answer = _request(f"{self.url}/v1/models")
+        answer = self._ask("/v1/models")
         return int(answer["data"][0]["max_model_len"])
 
     def warm_up(self, lengths: Sequence[int], output_tokens: int = 8) -> None:
-        """Send prompts of the given lengths at once, so that first-time costs fall here."""
+        """Send prompts of the given lengths at once, so that first-time costs fall here.
+
+        Raises:
+            ProcessFailedError: The server has died or refuses them.
+        """
         bodies = [
             {
                 "model": self.model,
@@ -75,8 +79,16 @@ class Server:
             for i, length in enumerate(lengths)
         ]
         with ThreadPoolExecutor(len(bodies)) as pool:
-            for _ in pool.map(lambda body: _request(f"{self.url}/v1/completions", body), bodies):
-                self.check()
+            list(pool.map(lambda body: self._ask("/v1/completions", body), bodies))
+
+    def _ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        try:
+            return _request(f"{self.url}{path}", body)
+        except OSError as error:
+            self.check()
+            raise ProcessFailedError(
+                f"the server of '{self.label}' did not answer {path}: {error}", self.log
+            ) from None
 
 
 def free_port() -> int:
