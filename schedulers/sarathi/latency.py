@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -18,14 +18,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = init_logger("vllm.vllm_plugins.sarathi")
-
-
-@dataclass(frozen=True, slots=True)
-class Emission:
-    """A request that got tokens: how late, in seconds; None where it has no such target."""
-
-    ttft_excess: float | None
-    tbt_excess: float | None
 
 
 class LatencyLedger:
@@ -81,16 +73,31 @@ class LatencyLedger:
         first = min(due, default=None)
         return None if first is None else first - now
 
-    def emitted(self, request_id: str, now: float) -> Emission:
-        """Record that a request got tokens."""
+    def emitted(self, request_ids: Sequence[str], now: float) -> tuple[int, int]:
+        """Record that requests got tokens; return how many missed their TTFT and TBT targets."""
+        last = self._last_token
+        ttft = tbt = 0
+        if self._own or self._default != NO_TARGETS:
+            late_since = -math.inf if self._default.tbt is None else now - self._default.tbt
+            # The usual case, without a call per token: a later token, under the default target.
+            unusual = [
+                i for i in request_ids if i in self._own or last.get(i, -math.inf) <= late_since
+            ]
+            for request_id in unusual:
+                misses = self._misses(request_id, now)
+                ttft += misses[0]
+                tbt += misses[1]
+        last.update(dict.fromkeys(request_ids, now))
+        return ttft, tbt
+
+    def _misses(self, request_id: str, now: float) -> tuple[bool, bool]:
+        """Whether a token that comes now misses the request's TTFT or its TBT target."""
+        targets = self.targets(request_id)
         last = self._last_token.get(request_id)
-        self._last_token[request_id] = now
-        targets = self._own.get(request_id, self._default)
         if last is None:
-            arrived = self._arrived.get(request_id, now)
-            excess = None if targets.ttft is None else now - arrived - targets.ttft
-            return Emission(excess, None)
-        return Emission(None, None if targets.tbt is None else now - last - targets.tbt)
+            waited = now - self._arrived.get(request_id, now)
+            return targets.ttft is not None and waited > targets.ttft, False
+        return False, targets.tbt is not None and now - last > targets.tbt
 
     def forget(self, request_ids: Collection[str]) -> None:
         """Drop finished requests."""

@@ -208,5 +208,7 @@ class SarathiPlugin(SchedulerPlugin):
 
         resolved = options.resolved(config)
         model = self._cost_model(options, config)
-        estimator = StepTimeEstimator(model, resolved.tile or 1, options.online_fit)
+        # A static budget asks for no prediction, so nothing need be learnt for one.
+        learn = options.online_fit and resolved.budget_mode != "static"
+        estimator = StepTimeEstimator(model, resolved.tile or 1, learn)
         return SarathiPolicy(resolved, estimator)

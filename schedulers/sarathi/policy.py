@@ -9,6 +9,7 @@ meets the TBT target.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -21,12 +22,14 @@ from vllm_plugins.schedulers.sarathi.least_slack import Waiting, least_slack_ord
 from vllm_plugins.schedulers.sarathi.targets import Targets
 
 from vllm_plugins.engine.cost_model import StepWork
-from vllm_plugins.engine.policy import SchedulerPolicy, Step, StepPlan
+from vllm_plugins.engine.policy import SchedulerFacts, SchedulerPolicy, Step, StepPlan
 from vllm_plugins.engine.step_work import work_of
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
     from vllm_plugins.schedulers.sarathi.plugin import SarathiOptions
+
+    from vllm_plugins.metrics import Metrics
 
 
 class SarathiPolicy(SchedulerPolicy):
@@ -47,6 +50,13 @@ class SarathiPolicy(SchedulerPolicy):
         )
         # Seconds per prefill token while others run beside it; what a waiting prompt will cost.
         self._prefill_pace = 0.0
+        # Decodes of the micro-batches that are still in the pipeline's other stages.
+        self._recent: deque[set[str]] = deque()
+
+    def bind(self, facts: SchedulerFacts, metrics: Metrics) -> None:
+        """Receive the engine's constants."""
+        super().bind(facts, metrics)
+        self._recent = deque(maxlen=facts.pipeline_stages - 1)
 
     def added(self, request: Request, arrived: float) -> None:
         """Take a new request's arrival and its own targets."""
@@ -67,7 +77,8 @@ class SarathiPolicy(SchedulerPolicy):
             plan.limit_tokens(self._budget(plan))
 
     def _budget(self, plan: StepPlan) -> int:
-        decode_rows = (len(plan.decodes) - len(plan.hidden)) * self.facts.decode_rows
+        decodes = self._decodes_of_step(plan)
+        decode_rows = len(decodes) * self.facts.decode_rows
         budgets = Budgets(self._options.min_budget, self.facts.max_tokens, self._options.tile)
         if self._options.budget_mode == "static":
             return max(self._options.token_budget, budgets.least(decode_rows))
@@ -78,15 +89,21 @@ class SarathiPolicy(SchedulerPolicy):
         if predict is None:
             # Nothing is known yet; small steps teach quickly and hurt nobody.
             return budgets.least(decode_rows)
-        context = sum(request.num_computed_tokens for request in plan.decodes)
+        context = sum([request.num_computed_tokens for request in decodes])
         pending = PendingPrefill(
-            [(r.num_tokens - r.num_computed_tokens, r.num_computed_tokens) for r in plan.prefills]
+            [
+                (r.num_tokens - r.num_computed_tokens, r.num_computed_tokens)
+                for r in plan.prefills
+                if r not in plan.hidden
+            ]
         )
 
         def seconds(rows: int) -> float:
-            return predict(step_work(rows, decode_rows, len(plan.decodes), context, pending))
+            return predict(step_work(rows, decode_rows, len(decodes), context, pending))
 
-        limit = allowed / self._options.margin
+        # A step's time is how long one pipeline stage is busy with it; the next token of a request
+        # is as many such times away as there are stages.
+        limit = allowed / self._options.margin / self.facts.pipeline_stages
         budget = budgets.largest(seconds, limit, decode_rows)
         if budget == budgets.least(decode_rows) and seconds(budget) > limit:
             self.metric.inc(m.INFEASIBLE.name)
@@ -113,8 +130,19 @@ class SarathiPolicy(SchedulerPolicy):
         """
         share = -(-len(plan.decodes) // self.facts.pipeline_stages)
         runnable = [request for request in plan.decodes if _runnable(request)]
-        for request in runnable[share:]:
+        # Asynchronous scheduling could run a decode ahead of its own result; those whose turn has
+        # not come yet go first, or the same ones would be taken every time.
+        waiting = [r for r in runnable if not any(r.request_id in ids for ids in self._recent)]
+        turn = (waiting or runnable)[:share]
+        for request in set(runnable).difference(turn):
             plan.hide(request)
+
+    def _decodes_of_step(self, plan: StepPlan) -> list[Request]:
+        """Return the decodes that will take rows of the step."""
+        decodes = plan.visible_decodes()
+        if self.facts.pipeline_stages == 1:
+            return decodes
+        return [request for request in decodes if _runnable(request)]
 
     def _order_waiting(self, plan: StepPlan) -> None:
         requests = list(plan.waiting)
@@ -140,10 +168,10 @@ class SarathiPolicy(SchedulerPolicy):
         if prefill_rows:
             self.metric.observe(m.BUDGET.name, step.plan.token_budget)
         ran = step.output.num_scheduled_tokens
-        stalled = sum(
-            request.request_id not in ran and request not in step.plan.hidden and _runnable(request)
-            for request in step.plan.decodes
-        )
+        left_out = [r for r in step.plan.decodes if r.request_id not in ran]
+        stalled = sum(r not in step.plan.hidden and _runnable(r) for r in left_out)
+        if self._options.pp_balance:
+            self._recent.append(ran.keys() & {r.request_id for r in step.plan.decodes})
         if stalled:
             self.metric.inc(m.STALLED.name, stalled)
 
@@ -152,11 +180,7 @@ class SarathiPolicy(SchedulerPolicy):
         work, prefill_rows = step.notes["sarathi"]
         if step.duration is not None and step.duration > 0:
             self._learn(work, prefill_rows, step.duration)
-        ttft_misses = tbt_misses = 0
-        for request_id in step.emitted:
-            emission = self._ledger.emitted(request_id, step.finished_at)
-            ttft_misses += emission.ttft_excess is not None and emission.ttft_excess > 0
-            tbt_misses += emission.tbt_excess is not None and emission.tbt_excess > 0
+        ttft_misses, tbt_misses = self._ledger.emitted(step.emitted, step.finished_at)
         if ttft_misses:
             self.metric.inc(m.TTFT_MISSES.name, ttft_misses)
         if tbt_misses:

@@ -191,11 +191,13 @@ class OnlineFit:
     """A cost model learnt from the steps that are being served, for use without a profile.
 
     Keeps the weighted normal equations of the fit with exponential forgetting, and solves them
-    again after every few steps; memory and time per step do not grow.
+    again after every few steps; memory and time per step do not grow. Steps with and without
+    prefill are forgotten apart from each other: hours of decodes alone say nothing about what a
+    prompt costs, and must not take away what is known of it.
 
     Args:
         tile: Rows are rounded up to a multiple of this.
-        forgetting: Factor by which a step's weight falls with each later step.
+        forgetting: Factor by which a step's weight falls with each later step of its kind.
         every: Steps between two solutions.
     """
 
@@ -204,33 +206,66 @@ class OnlineFit:
     OUTLIER = 4.0
 
     def __init__(self, tile: int = 1, forgetting: float = 0.998, every: int = 8) -> None:
+        # Here, because the import takes far longer than a step may.
+        from scipy.optimize import nnls
+
+        self._nnls = nnls
         self._tile = tile
-        self._forgetting = forgetting
         self._every = every
-        self._gram = np.zeros((len(FEATURES), len(FEATURES)))
-        self._moment = np.zeros(len(FEATURES))
+        self._decoding, self._prefilling = _Evidence(forgetting), _Evidence(forgetting)
         self.steps = 0
         self.model: StepCostModel | None = None
 
     def learn(self, work: StepWork, measured: float) -> None:
         """Take one step that took ``measured`` seconds."""
-        scale = measured if self.model is None else max(self.model.seconds(work), 1e-3 * measured)
-        ratio = min(measured / scale, self.OUTLIER)
-        row = design_matrix([work], math.inf, self._tile)[0] / scale
-        self._gram = self._forgetting * self._gram + np.outer(row, row)
-        self._moment = self._forgetting * self._moment + ratio * row
+        model = self.model
+        if model is not None:
+            measured = min(measured, self.OUTLIER * model.seconds(work))
+        rows = -(-work.rows // self._tile) * self._tile
+        features = (1.0, rows, 0.0, work.requests, work.decode_context, work.prefill_work)
+        kind = self._prefilling if work.prefill_work else self._decoding
+        kind.pending.append([value / measured for value in features])
         self.steps += 1
         if self.steps >= self.MIN_STEPS and (self.steps <= 32 or self.steps % self._every == 0):
             self.model = self._refit()
 
     def _refit(self) -> StepCostModel:
-        from scipy.optimize import nnls
-
-        scale = np.sqrt(np.diag(self._gram))
+        for kind in (self._decoding, self._prefilling):
+            kind.fold()
+        gram = self._decoding.gram + self._prefilling.gram
+        moment = self._decoding.moment + self._prefilling.moment
+        scale = np.sqrt(np.diag(gram))
         scale[scale == 0] = 1.0
-        gram = self._gram / np.outer(scale, scale)
+        gram = gram / np.outer(scale, scale)
         # A little ridge keeps features that have not varied yet from trading off at random.
         root = np.linalg.cholesky(gram + 1e-6 * np.eye(len(scale)))
-        target = np.linalg.solve(root, self._moment / scale)
-        solution, _ = nnls(root.T, target)
+        target = np.linalg.solve(root, moment / scale)
+        solution, _ = self._nnls(root.T, target)
         return StepCostModel(tuple(float(c) for c in solution / scale), math.inf, self._tile)
+
+
+class _Evidence:
+    """Normal equations of one kind of steps, with exponential forgetting.
+
+    Attributes:
+        gram: Weighted sum of products of features, shape (features, features).
+        moment: Weighted sum of features, shape (features,).
+        pending: Relative features of steps that are not in the sums yet.
+    """
+
+    def __init__(self, forgetting: float) -> None:
+        self._forgetting = forgetting
+        self.gram = np.zeros((len(FEATURES), len(FEATURES)))
+        self.moment = np.zeros(len(FEATURES))
+        self.pending: list[list[float]] = []
+
+    def fold(self) -> None:
+        """Add the pending steps to the sums, all at once to spare work per step."""
+        if not self.pending:
+            return
+        rows = np.array(self.pending)
+        weights = self._forgetting ** np.arange(len(rows) - 1, -1, -1)
+        kept = self._forgetting ** len(rows)
+        self.gram = kept * self.gram + (rows * weights[:, None]).T @ rows
+        self.moment = kept * self.moment + weights @ rows
+        self.pending = []

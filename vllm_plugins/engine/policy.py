@@ -15,7 +15,7 @@ that stays vLLM's own code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +93,12 @@ class StepPlan:
         self.decode_first = False
         self.hidden: set[Request] = set()
 
+    def visible_decodes(self) -> list[Request]:
+        """Return the decodes that are not hidden."""
+        if not self.hidden:
+            return self.decodes
+        return [request for request in self.decodes if request not in self.hidden]
+
     def limit_tokens(self, tokens: int) -> None:
         """Lower the step's token budget to at most ``tokens`` rows."""
         self.token_budget = min(self.token_budget, tokens)
@@ -126,7 +132,7 @@ class Step:
     scheduled_at: float
     duration: float | None = None
     finished_at: float = 0.0
-    emitted: tuple[str, ...] = ()
+    emitted: Sequence[str] = ()
     notes: dict[str, Any] = field(default_factory=dict)
 
 

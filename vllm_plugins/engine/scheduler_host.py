@@ -163,12 +163,12 @@ class _PolicyHost(Scheduler):
         step = self._plugin_take_step(scheduler_output)
         if step is not None:
             self._plugin_time(step, ran_until)
-            step.emitted = tuple(
+            step.emitted = [
                 item.request_id
                 for client in outputs.values()
                 for item in client.outputs
                 if item.new_token_ids
-            )
+            ]
             for policy in self.plugin_policies:
                 policy.completed(step)
         return outputs
