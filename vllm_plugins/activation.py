@@ -154,6 +154,18 @@ class _ChecksAtStart:
             raise SystemExit(f"vllm: error: {error}") from None
         return config
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # `vllm bench startup` sends its arguments to spawned processes, where this class, which
+        # is made at run time, cannot be looked up by name.
+        return _restored, (type(self).__bases__[1], vars(self))
+
+
+def _restored(base: type[Any], values: dict[str, Any]) -> Any:
+    plugged = _plugged_class(base)
+    engine_args = plugged.__new__(plugged)
+    vars(engine_args).update(values)
+    return engine_args
+
 
 @functools.cache
 def _plugged_class(base: type[Any]) -> type[Any]:
