@@ -62,6 +62,12 @@ def test_sweep_pairs_capacity_accuracy_and_files(tiny_llama, tmp_path):
         assert 0 < summary["ttft_p50_ms"] <= summary["ttft_p99_ms"]
         assert 0 < summary["tbt_p99_ms"] <= summary["tbt_max_ms"]
         assert summary["output_tokens_per_s"] > 0
+        # What the server counted is what the trace says: nothing is cut, padded or re-tokenised.
+        files = tmp_path / trial["files"]
+        lines = files.with_suffix(".trace.jsonl").read_text().splitlines()
+        client = json.loads(files.with_suffix(".client.json").read_text())
+        assert client["input_lens"] == [json.loads(line)["input_length"] for line in lines]
+        assert client["output_lens"] == [json.loads(line)["output_length"] for line in lines]
     paired = [t for t in result["trials"] if t["point"]["label"] == "4 req/s"][2:]
     assert all(len(t["capacity"]["measured"]) == 2 for t in paired)
     assert {c["challenger"] for c in result["comparisons"]} == {"wide"}
