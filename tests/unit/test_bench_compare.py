@@ -60,6 +60,12 @@ def test_a_ratio_over_zero_is_undefined_rather_than_left_out():
     assert found["goodput"].verdict == "undefined"
 
 
+def test_two_rounds_are_judged_by_nobody():
+    two = paired_ratios([{"goodput": 2.0}] * 2, [{"goodput": 1.0}] * 2)
+    three = paired_ratios([{"goodput": 2.0}] * 3, [{"goodput": 1.0}] * 3)
+    assert [two[0].verdict, three[0].verdict] == ["too few rounds", "better"]
+
+
 def test_only_figures_that_every_round_has_are_compared():
     one = [{"goodput": 1.0, "capacity": 2.0}, {"goodput": 1.0}]
     assert set(ratios(one, one)) == {"goodput"}

@@ -9,6 +9,8 @@ import numpy as np
 
 from vllm_plugins.bench.metrics import Slo
 
+# The interval of fewer pairs says next to nothing: of two it covers their median every second time.
+FEWEST_PAIRS = 3
 Summary = Mapping[str, float]
 
 
@@ -80,9 +82,14 @@ class Ratio:
 
     @property
     def verdict(self) -> str:
-        """``better``, ``worse`` or ``no difference shown``, by the interval against 1."""
+        """``better``, ``worse`` or ``no difference shown``, by the interval against 1.
+
+        ``too few rounds`` below three, ``undefined`` where a pair has no finite ratio.
+        """
         if self.interval is None:
             return "undefined"
+        if len(self.values) < FEWEST_PAIRS:
+            return "too few rounds"
         if self.interval.low <= 1 <= self.interval.high:
             return "no difference shown"
         return "better" if (self.interval.low > 1) == _higher(self.figure) else "worse"

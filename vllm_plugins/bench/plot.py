@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_plugins.bench.compare import FIGURES
+from vllm_plugins.bench.compare import FIGURES, Ratio
 from vllm_plugins.bench.config import STALL
 from vllm_plugins.bench.errors import BenchError
 from vllm_plugins.bench.metrics import Floats, stall_gaps
@@ -160,7 +160,7 @@ def _capacities(axis: Any, results: Results, label: str, colours: dict[str, str]
 
 def _forest(axis: Any, comparisons: Sequence[Comparison], colours: dict[str, str]) -> None:
     """Median ratio and interval per figure; filled where the interval clears 1."""
-    shown = [n for n in FOREST if any(_interval(c, n) for c in comparisons)]
+    shown = [n for n in FOREST if any(_ratio(c, n) for c in comparisons)]
     for rank, comparison in enumerate(comparisons):
         shift = (rank - (len(comparisons) - 1) / 2) * 0.7 / max(1, len(comparisons))
         # The first challenger's further comparisons share its colour: the marker sets them apart.
@@ -197,18 +197,19 @@ def _readable_ratios(axis: Any) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _interval(comparison: Comparison, name: str) -> Any:
-    ratios = {ratio.figure: ratio for ratio in comparison.ratios}
-    return ratios[name].interval if name in ratios else None
+def _ratio(comparison: Comparison, name: str) -> Ratio | None:
+    """The ratio of a figure, or None where it has no interval to draw."""
+    found = (r for r in comparison.ratios if r.figure == name and r.interval and r.interval.low > 0)
+    return next(found, None)
 
 
 def _whisker(
     axis: Any, comparison: Comparison, name: str, height: float, colour: str, marker: str
 ) -> None:
-    interval = _interval(comparison, name)
-    if interval is None or interval.median <= 0:
+    ratio = _ratio(comparison, name)
+    if ratio is None or ratio.interval is None:
         return
-    shown = not interval.low <= 1 <= interval.high
-    axis.plot([max(interval.low, 1e-6), interval.high], [height, height], color=colour, lw=1.6)
-    face = colour if shown else "white"
+    interval = ratio.interval
+    axis.plot([interval.low, interval.high], [height, height], color=colour, lw=1.6)
+    face = colour if ratio.verdict in ("better", "worse") else "white"
     axis.plot(interval.median, height, marker, color=colour, markerfacecolor=face, ms=6)
