@@ -98,6 +98,16 @@ def test_arguments_that_do_not_fit_together_are_refused(extra, message):
         bench.read_config(parse(f"{extra} --model M"))
 
 
+@pytest.mark.parametrize("spec", ["no-such-plugin", "sarathi:no_such_option=1", "a=b"])
+def test_a_plugin_that_would_not_start_is_refused_before_anything_is_measured(
+    tmp_path, capsys, spec
+):
+    args = parse(f"{spec} --model M --no-plot --out {tmp_path / 'out'}")
+    assert bench.run(args) == 2
+    assert spec.split(":")[0] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("text", ["--rates 0", "--rates a", "--repeats -1", "--static"])
 def test_malformed_arguments_end_with_usage(text):
     with pytest.raises(SystemExit, match="2"):

@@ -212,6 +212,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     from vllm_plugins.versions import require_supported_vllm
 
     require_supported_vllm()
+    _check_plugin(args.plugin)
     if not args.no_plot:
         # Asked for before hours of measuring, not after.
         require_matplotlib()
@@ -226,6 +227,16 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         draw(results, config.out / "result.png")
     console.print(f"written to {config.out}", highlight=False)
     return 0
+
+
+def _check_plugin(spec: str) -> None:
+    """Refuse an unknown plug-in or option now rather than after the sweep."""
+    from vllm_plugins.bench.variants import NO_PLUGIN
+    from vllm_plugins.registry import enable
+    from vllm_plugins.spec import parse_specs
+
+    if spec != NO_PLUGIN:
+        enable(parse_specs([spec]))
 
 
 def _measure(config: BenchConfig, console: Console) -> tuple[Results, bool]:
