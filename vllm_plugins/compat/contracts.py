@@ -297,4 +297,5 @@ CONTRACTS: tuple[Contract, ...] = (
     *DATA,
     *PROMETHEUS,
     *SIMULATOR,
+    *PROFILER,
 )

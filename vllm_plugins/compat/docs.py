@@ -1,4 +1,4 @@
-"""Writes ``docs/upstream.md`` from the table of contracts: ``python -m vllm_plugins.compat.docs``."""
+"""Writes ``docs/upstream.md`` from the contracts: ``python -m vllm_plugins.compat.docs``."""
 
 from __future__ import annotations
 

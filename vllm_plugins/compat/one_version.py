@@ -1,0 +1,292 @@
+"""What the matrix tries on one vLLM version: contracts, a served request per plug-in, pairs.
+
+Runs in a process of its own that sees that version alone, and writes what it knows after every
+trial, so that a crash costs the trials that follow and not those before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+from vllm_plugins.bench.errors import BenchError
+from vllm_plugins.bench.process import interrupt_on_termination
+from vllm_plugins.bench.server import Server, serve
+from vllm_plugins.compat.combinations import decide_all, own_plugins
+from vllm_plugins.compat.contract import check_contracts
+from vllm_plugins.compat.contracts import CONTRACTS
+from vllm_plugins.errors import PluginError
+from vllm_plugins.metrics import ACTIVE, PREFIX
+from vllm_plugins.plugin import SchedulerPlugin
+from vllm_plugins.registry import enable
+from vllm_plugins.spec import PluginSpec
+
+PASSED = "passed"
+STOCK = "stock"
+PYTHON = ".".join(platform.python_version_tuple()[:2])
+PROMPT_WORDS, OUTPUT_TOKENS = 150, 24
+PROMPT = " ".join(f"t{5 + (7 * i) % 400}" for i in range(PROMPT_WORDS))
+# A step holds less than the prompt, so that every scheduler has something to decide.
+STEP_ROWS = 64
+SERVE = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8",
+         "--max-num-batched-tokens", str(STEP_ROWS),
+         )  # fmt: skip
+START_S = 300.0
+START_METHOD = "VLLM_WORKER_MULTIPROCESSING_METHOD"
+
+
+class TrialError(AssertionError):
+    """A trial did not pass; the message says why."""
+
+
+@dataclass
+class Outcome:
+    """What is known about one version; each trial is ``passed``, or says why not.
+
+    Attributes:
+        refused: Plug-ins whose declaration excludes this version, with the reason.
+    """
+
+    version: str
+    date: str = ""
+    python: str = ""
+    torch: str = ""
+    seconds: float = 0.0
+    identity: str = ""
+    contracts: str = ""
+    plugins: dict[str, str] = field(default_factory=dict)
+    pairs: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def failures(self) -> list[str]:
+        """Return what did not pass, in words."""
+        trials = {"version": self.identity, "contracts": self.contracts}
+        trials |= {**self.plugins, **self.pairs}
+        return [f"{name}: {text or 'not run'}" for name, text in trials.items() if text != PASSED]
+
+
+class VersionRun:
+    """The trials of one version in order.
+
+    Args:
+        version: The version that this process is meant to see.
+        model: Folder of a tiny model.
+        logs: Folder for the servers' logs.
+        save: Called after every trial.
+    """
+
+    def __init__(
+        self, version: str, model: Path, logs: Path, save: Callable[[Outcome], None]
+    ) -> None:
+        self.outcome = Outcome(version, time.strftime("%Y-%m-%d"), PYTHON)
+        self._model = model
+        self._logs = logs
+        self._save = save
+        # One server is started as users start it; the others fork, which saves two imports each.
+        self._spawned: tuple[str, ...] = ()
+        self._texts: dict[str, str] = {}
+
+    def run(self) -> None:
+        """Run all trials; nothing that fails stops those after it."""
+        outcome = self.outcome
+        outcome.torch = metadata.version("torch")
+        allowed = self._allowed()
+        pairs = [p for p in decide_all() if not p.refusal and set(p.names) <= set(allowed)]
+        # Declared first: what a crash keeps from running is then known not to have run.
+        outcome.plugins = dict.fromkeys([STOCK, *allowed], "")
+        outcome.pairs = dict.fromkeys((pair.key for pair in pairs), "")
+        outcome.identity = self._try(self._identity)
+        outcome.contracts = self._try(self._contracts)
+        self._spawned = tuple(allowed[:1])
+        for name in allowed:
+            outcome.plugins[name] = self._try(lambda name=name: self._serve(name))
+        # Last, because an engine leaves traces in the environment that servers would inherit.
+        outcome.plugins[STOCK] = self._try(lambda: self._generate(STOCK, ()))
+        for pair in pairs:
+            outcome.pairs[pair.key] = self._try(lambda p=pair: self._generate(p.key, p.names))
+        self._compare(outcome.plugins)
+        self._compare(outcome.pairs)
+        self._save(outcome)
+
+    def _allowed(self) -> list[str]:
+        allowed = []
+        for name in own_plugins():
+            try:
+                enable([PluginSpec(name, {})])
+                allowed.append(name)
+            except PluginError as error:
+                self.outcome.refused[name] = error.reason
+        return allowed
+
+    def _try(self, trial: Callable[[], object]) -> str:
+        self._save(self.outcome)
+        start = time.monotonic()
+        try:
+            trial()
+        except (TrialError, BenchError) as error:
+            return str(error)
+        except Exception as error:
+            # vLLM of another version can fail in any way; that is a result, not an accident.
+            return f"{type(error).__name__}: {error}"
+        finally:
+            print(f"  {time.monotonic() - start:5.1f} s", flush=True)
+        return PASSED
+
+    def _identity(self) -> None:
+        import vllm
+
+        found = Version(vllm.__version__).public
+        if found != self.outcome.version:
+            raise TrialError(f"this is vLLM {found} at {vllm.__file__}")
+
+    def _contracts(self) -> None:
+        broken = check_contracts(CONTRACTS)
+        if broken:
+            listed = "; ".join(map(str, broken))
+            raise TrialError(f"{len(broken)} of {len(CONTRACTS)} broken: {listed}")
+
+    def _compare(self, results: dict[str, str]) -> None:
+        """Turn a trial that passed into one that did not where its text is not stock's."""
+        stock = self._texts.get(STOCK)
+        for name, text in self._texts.items():
+            if stock is None and name in results:
+                results[name] = "stock vLLM gave nothing to compare with"
+            elif text != stock and name in results:
+                results[name] = f"greedy text differs from stock's: {text!r}, not {stock!r}"
+
+    def _serve(self, name: str) -> None:
+        self._texts[name] = self._served((name,))
+
+    def _served(self, names: Sequence[str]) -> str:
+        """Serve one request and return its text, checking who is on in the server."""
+        label = "-".join(names)
+        log = self._logs / f"{self.outcome.version}-{label}.log"
+        os.environ[START_METHOD] = "spawn" if names == self._spawned else "fork"
+        with serve(str(self._model), [*SERVE, "--plugin", *names], label, log, START_S) as server:
+            self._check_server(server, names)
+            return _completion(server)
+
+    def _check_server(self, server: Server, names: Sequence[str]) -> None:
+        found = Version(json.loads(_get(f"{server.url}/version"))["version"]).public
+        if found != self.outcome.version:
+            raise TrialError(f"the server is vLLM {found}")
+        active = set(_active(_get(f"{server.url}/metrics")))
+        if active != set(names):
+            raise TrialError(f"/metrics shows {sorted(active)} as active, not {sorted(names)}")
+
+    def _generate(self, key: str, names: Sequence[str]) -> None:
+        from vllm import SamplingParams
+
+        import vllm_plugins
+
+        with _engine(self._model, vllm_plugins.engine_args(*names)) as llm:
+            params = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
+            (result,) = llm.generate([PROMPT], params, use_tqdm=False)
+            self._texts[key] = str(result.outputs[0].text)
+            running = _running_in(llm)
+        if running != sorted(names):
+            raise TrialError(f"the engine runs {running}, not {sorted(names)}")
+
+
+@contextmanager
+def _engine(model: Path, arguments: dict[str, Any]) -> Iterator[Any]:
+    """Run an engine in this process; they may follow one another."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(
+        str(model),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=512,
+        max_num_seqs=8,
+        max_num_batched_tokens=STEP_ROWS,
+        distributed_executor_backend="uni",
+        disable_log_stats=True,
+        **arguments,
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+
+
+def _running_in(llm: Any) -> list[str]:
+    """Return the plug-ins that are on in the engine; none where its scheduler has no policy."""
+    from vllm_plugins.settings import enabled_plugins
+
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    enabled = enabled_plugins(scheduler.vllm_config)
+    policies = sum(isinstance(item.plugin, SchedulerPlugin) for item in enabled)
+    if len(getattr(scheduler, "plugin_policies", ())) != policies:
+        raise TrialError(f"{type(scheduler).__name__} does not run {policies} policies")
+    return sorted(item.plugin.name for item in enabled)
+
+
+def _get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        return str(answer.read().decode())
+
+
+def _active(metrics: str) -> Iterator[str]:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    for family in text_string_to_metric_families(metrics):
+        for sample in family.samples:
+            if sample.name == PREFIX + ACTIVE.name and sample.value == 1:
+                yield sample.labels["plugin"]
+
+
+def _completion(server: Server) -> str:
+    body = {
+        "model": server.model,
+        "prompt": PROMPT,
+        "max_tokens": OUTPUT_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        text = str(json.load(answer)["choices"][0]["text"])
+    if len(text.split()) != OUTPUT_TOKENS:
+        raise TrialError(f"asked for {OUTPUT_TOKENS} tokens, got {text!r}")
+    return text
+
+
+def main() -> int:
+    """Run the trials of the version that this process sees."""
+    parser = argparse.ArgumentParser(description="Try the plug-ins on one vLLM version.")
+    parser.add_argument("version")
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the outcome")
+    args = parser.parse_args()
+
+    def save(outcome: Outcome) -> None:
+        args.out.write_text(json.dumps(asdict(outcome), indent=1))
+
+    with interrupt_on_termination():
+        VersionRun(args.version, args.model, args.out.parent, save).run()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
