@@ -33,6 +33,7 @@ PAGES = sorted(
     ]
 )
 DASHBOARD = ROOT / "examples/grafana/vllm_plugins.json"
+FLAG = _add_flag(argparse.ArgumentParser(allow_abbrev=False))
 PLUGINS = {plugin.name: plugin for plugin in docs_tables.own_plugins()}
 # Stand for a plug-in of the reader's choice, and for none.
 PLACEHOLDERS = {"NAME", "none"}
@@ -119,8 +120,7 @@ def check_vllm(words: list[str]) -> None:
     Raises:
         ValueError: A plug-in or an option is not one that exists.
     """
-    parser = _add_flag(argparse.ArgumentParser(allow_abbrev=False))
-    check_specs(parser.parse_known_args(words)[0].plugin or [])
+    check_specs(FLAG.parse_known_args(words)[0].plugin or [])
 
 
 def check_specs(texts: list[str]) -> None:
