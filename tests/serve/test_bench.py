@@ -85,8 +85,8 @@ def test_the_plugin_serves_a_stall_beside_stock(tiny_llama, tmp_path):
         tiny_llama,
         tmp_path,
         *("sarathi:tbt_slo_ms=100", "--static", "512", "--workload", "stall", "--repeats", "1"),
-        *("--decodes", "3", "--decode-tokens", "400", "--long-prompt", "1000", "--stalls", "1"),
-        *("--stall-start", "0.5", "--accuracy-prompts", "0"),
+        *("--decodes", "3", "--decode-tokens", "1800", "--long-prompt", "1000", "--stalls", "1"),
+        *("--stall-start", "1", "--accuracy-prompts", "0"),
     )
     assert done.returncode == 0, done.stderr + done.stdout
     result = json.loads((tmp_path / "result.json").read_text())
@@ -94,9 +94,11 @@ def test_the_plugin_serves_a_stall_beside_stock(tiny_llama, tmp_path):
     for trial in result["trials"]:
         summary = trial["summary"]
         assert (summary["requests"], summary["failed"]) == (4, 0)
-        assert summary["stall_decodes"] == 3, "decodes outlast the long prompt"
         assert summary["stall_tbt_max_ms"] > 0
         assert summary["stall_ttft_p50_ms"] > 0
+    # How many decodes cover the prefill is up to the machine; that it is said when some did not, not.
+    covered = all(trial["summary"]["stall_decodes"] == 3 for trial in result["trials"])
+    assert covered != any("not every decode" in note for note in result["notes"])
 
 
 def test_a_server_that_cannot_start_ends_the_run_with_its_log(tiny_llama, tmp_path):

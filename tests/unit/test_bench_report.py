@@ -152,11 +152,11 @@ def test_a_run_that_ended_in_the_sweep_reports_the_sweep_alone():
     assert "warning" not in text
 
 
-def test_decodes_that_ended_before_the_long_prompt_are_named():
+def test_decodes_that_did_not_cover_a_prefill_are_named():
     made = Results(config(workload=STALL, stall=StallShape(decodes=19)), (Point(STALL),))
     made.records.append(record(PAIR, 0, "stock", 1.0, point=Point(STALL)))
     made.records[0].summary["stall_decodes"] = 3.0
-    assert "in 1 trials decodes ended before" in notes(made)[-1]
+    assert "in 1 trials not every decode" in notes(made)[-1]
 
 
 def test_result_file_is_strict_json_with_every_trial(results, tmp_path):

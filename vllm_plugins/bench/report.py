@@ -167,8 +167,9 @@ def notes(results: Results) -> list[str]:
     ]
     if short:
         lines.append(
-            f"warning: in {len(short)} trials decodes ended before the long prompt was served, so "
-            "their stalls look better than they are: raise --decode-tokens"
+            f"warning: in {len(short)} trials not every decode streamed from before to after the "
+            "prefill of each long prompt, so their stalls look better than they are: raise "
+            "--decode-tokens or --stall-start"
         )
     loose = [r for r in results.records if r.capacity and not r.capacity.is_bracketed]
     if loose:
