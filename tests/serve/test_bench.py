@@ -96,7 +96,7 @@ def test_the_plugin_serves_a_stall_beside_stock(tiny_llama, tmp_path):
         assert (summary["requests"], summary["failed"]) == (4, 0)
         assert summary["stall_tbt_max_ms"] > 0
         assert summary["stall_ttft_p50_ms"] > 0
-    # How many decodes cover the prefill is up to the machine; that it is said when some did not, not.
+    # How many decodes cover the prefill is up to the machine; that a shortfall is said is not.
     covered = all(trial["summary"]["stall_decodes"] == 3 for trial in result["trials"])
     assert covered != any("not every decode" in note for note in result["notes"])
 
