@@ -32,6 +32,8 @@ from smollm2 import ensure_smollm2
 
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 SERVER = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096")
+# A busy machine of two cores was seen to take four minutes; an idle one takes half a minute.
+READY_S = 600
 # Also where the output is a file or a log: the table would be folded beyond reading.
 WIDTH = 110
 # Sarathi-Serve's strict target: five times an undisturbed decode step.
@@ -61,7 +63,7 @@ def measure(console: Console, label: str, arguments: tuple[str, ...], characters
     shown = " ".join(("vllm serve SmolLM2-135M-Instruct", *SERVER, *arguments))
     console.print(f"[bold]{label}[/bold]: {shown}", highlight=False)
     log = logs / f"{label}.log"
-    with serving(model, *SERVER, *arguments, label=label, log=log) as server:
+    with serving(model, *SERVER, *arguments, label=label, log=log, ready_s=READY_S) as server:
         console.print(f"  ready after {server.server.startup_s:.0f} s; asking ...")
         run = run_workload(server, characters)
         metrics = [sample for sample in server.metrics() if sample.name.startswith(PREFIX)]
