@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
+
 from vllm_plugins.schedulers.sarathi.targets import (
     NO_TARGETS,
     InvalidTargetError,

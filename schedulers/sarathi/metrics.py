@@ -49,7 +49,7 @@ INVALID = MetricSpec(
     "counter",
     "Requests whose own latency target was malformed and was ignored.",
 )
-OVERTAKEN = MetricSpec(
+REORDERED = MetricSpec(
     "sarathi_reordered_steps_total",
     "counter",
     "Steps before which the waiting queue was put into another order.",
@@ -66,5 +66,5 @@ ALL = (
     INFEASIBLE,
     STALLED,
     INVALID,
-    OVERTAKEN,
+    REORDERED,
 )

@@ -13,9 +13,9 @@ from vllm_plugins.plugin import Options, Paper, SchedulerPlugin
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm_plugins.schedulers.sarathi.policy import SarathiPolicy
 
     from vllm_plugins.engine.cost_model import StepCostModel
+    from vllm_plugins.schedulers.sarathi.policy import SarathiPolicy
 
 PAPER_BUDGET = 512
 """Token budget that the artifact of Sarathi-Serve uses under its strict targets for every model."""

@@ -10,10 +10,12 @@ meets the TBT target.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from vllm.v1.core.sched.request_queue import FCFSRequestQueue, RequestQueue
+from vllm_plugins.engine.cost_model import StepWork
+from vllm_plugins.engine.policy import SchedulerFacts, SchedulerPolicy, Step, StepPlan
+from vllm_plugins.engine.step_work import work_of
 from vllm_plugins.schedulers.sarathi import metrics as m
 from vllm_plugins.schedulers.sarathi.budget import Budgets, PendingPrefill, step_work
 from vllm_plugins.schedulers.sarathi.estimator import StepTimeEstimator
@@ -21,15 +23,11 @@ from vllm_plugins.schedulers.sarathi.latency import LatencyLedger
 from vllm_plugins.schedulers.sarathi.least_slack import Waiting, least_slack_order
 from vllm_plugins.schedulers.sarathi.targets import Targets
 
-from vllm_plugins.engine.cost_model import StepWork
-from vllm_plugins.engine.policy import SchedulerFacts, SchedulerPolicy, Step, StepPlan
-from vllm_plugins.engine.step_work import work_of
-
 if TYPE_CHECKING:
     from vllm.v1.request import Request
-    from vllm_plugins.schedulers.sarathi.plugin import SarathiOptions
 
     from vllm_plugins.metrics import Metrics
+    from vllm_plugins.schedulers.sarathi.plugin import SarathiOptions
 
 
 class SarathiPolicy(SchedulerPolicy):
@@ -50,6 +48,7 @@ class SarathiPolicy(SchedulerPolicy):
         )
         # Seconds per prefill token while others run beside it; what a waiting prompt will cost.
         self._prefill_pace = 0.0
+        self._overtaking = self._overtook_in_vain = False
         # Decodes of the micro-batches that are still in the pipeline's other stages.
         self._recent: deque[set[str]] = deque()
 
@@ -71,8 +70,8 @@ class SarathiPolicy(SchedulerPolicy):
             self._balance_decodes(plan)
         if options.max_prefills_per_step == 1:
             self._single_prefill(plan)
-        if options.order == "least_slack" and plan.num_waiting > 1:
-            self._order_waiting(plan)
+        if options.order == "least_slack" and plan.waiting:
+            self._order_prefills(plan)
         if plan.prefills or plan.num_waiting:
             plan.limit_tokens(self._budget(plan))
 
@@ -128,7 +127,7 @@ class SarathiPolicy(SchedulerPolicy):
 
         Without it the first micro-batch takes every decode and the next ones find none.
         """
-        share = -(-len(plan.decodes) // self.facts.pipeline_stages)
+        share = self._turn_size({request.request_id for request in plan.decodes})
         runnable = [request for request in plan.decodes if _runnable(request)]
         # Asynchronous scheduling could run a decode ahead of its own result; those whose turn has
         # not come yet go first, or the same ones would be taken every time.
@@ -137,6 +136,15 @@ class SarathiPolicy(SchedulerPolicy):
         for request in set(runnable).difference(turn):
             plan.hide(request)
 
+    def _turn_size(self, decodes: set[str]) -> int:
+        """Return how many of the decodes the next micro-batch takes.
+
+        Of seven decodes in three micro-batches one takes three and the others two.
+        """
+        size, extra = divmod(len(decodes), self.facts.pipeline_stages)
+        larger = sum(len(ids & decodes) > size for ids in self._recent)
+        return size + (larger < extra)
+
     def _decodes_of_step(self, plan: StepPlan) -> list[Request]:
         """Return the decodes that will take rows of the step."""
         decodes = plan.visible_decodes()
@@ -144,27 +152,52 @@ class SarathiPolicy(SchedulerPolicy):
             return decodes
         return [request for request in decodes if _runnable(request)]
 
-    def _order_waiting(self, plan: StepPlan) -> None:
-        requests = list(plan.waiting)
-        pace = self._prefill_pace
-        waiting = []
+    def _order_prefills(self, plan: StepPlan) -> None:
+        """Put prompts under way and those that wait into one order of slack.
+
+        A prompt under way that a waiting one comes before sits this step out: it keeps its blocks
+        and goes on where it stopped. That is how a long prompt that will be late anyway does not
+        make the short ones behind it late as well.
+        """
+        under_way, waiting = plan.prefills, list(plan.waiting)
+        order = least_slack_order(
+            self._dues([*under_way, *waiting]), plan.now, self._options.max_wait_ms / 1000
+        )
+        first = next(rank for rank, i in enumerate(order) if i >= len(under_way))
+        self._overtaking = False
+        if any(i < len(under_way) for i in order[first:]) and not self._overtook_in_vain:
+            head = waiting[order[first] - len(under_way)]
+            self._overtaking = plan.can_admit(head)
+        if self._overtaking:
+            for i in order[first:]:
+                if i < len(under_way):
+                    plan.hide(under_way[i])
+        plan.prefills = [under_way[i] for i in order if i < len(under_way)]
+        queue = [i - len(under_way) for i in order if i >= len(under_way)]
+        if queue != list(range(len(queue))):
+            plan.waiting.remove_requests(waiting)
+            for i in queue:
+                plan.waiting.add_request(waiting[i])
+            self.metric.inc(m.REORDERED.name)
+
+    def _dues(self, requests: Sequence[Request]) -> list[Waiting]:
+        dues = []
         for i, request in enumerate(requests):
             arrived = self._ledger.arrived(request.request_id)
             ttft = self._ledger.targets(request.request_id).ttft
             deadline = arrived + (ttft if ttft is not None else self._options.max_wait_ms / 1000)
-            work = pace * (request.num_tokens - request.num_computed_tokens)
-            waiting.append(Waiting(i, arrived, deadline, work))
-        order = least_slack_order(waiting, plan.now, self._options.max_wait_ms / 1000)
-        if order != list(range(len(order))):
-            plan.waiting.remove_requests(requests)
-            for i in order:
-                plan.waiting.add_request(requests[i])
-            self.metric.inc(m.OVERTAKEN.name)
+            work = self._prefill_pace * (request.num_tokens - request.num_computed_tokens)
+            dues.append(Waiting(i, arrived, deadline, work))
+        return dues
 
     def scheduled(self, step: Step) -> None:
         """Remember what the step contains, and count decodes that were left out."""
         work, prefill_rows = work_of(step)
         step.notes["sarathi"] = (work, prefill_rows)
+        # Where the one that was let past could not start after all, the next step must not be
+        # given away again.
+        self._overtook_in_vain = self._overtaking and not prefill_rows
+        self._overtaking = False
         if prefill_rows:
             self.metric.observe(m.BUDGET.name, step.plan.token_budget)
         ran = step.output.num_scheduled_tokens

@@ -10,6 +10,7 @@ from vllm_plugins.plugin import Options, Paper, SchedulerPlugin
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
     from vllm_plugins.schedulers.spf.policy import SpfPolicy
 
 

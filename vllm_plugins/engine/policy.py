@@ -53,13 +53,16 @@ class StepPlan:
         now: Time in seconds on the scheduler's clock.
         decodes: Running requests whose prompt is complete, in the order they will be tried.
         prefills: Running requests in the middle of their prompt, in the order they will be tried.
+        waiting: The waiting queue itself; a policy that owns its order may rearrange it.
         num_waiting: Requests that wait for admission.
+        can_admit: Whether there is a slot and room in the KV cache for a waiting request.
         token_budget: Most rows this step may have.
         max_admissions: Most waiting requests that may start, or None for no limit.
         decode_first: Whether every decode is tried before any prefill.
     """
 
     __slots__ = (
+        "can_admit",
         "decode_first",
         "decodes",
         "hidden",
@@ -78,6 +81,7 @@ class StepPlan:
         waiting: RequestQueue,
         num_waiting: int,
         max_tokens: int,
+        can_admit: Callable[[Request], bool],
     ) -> None:
         self.now = now
         self.decodes = [request for request in running if not request.is_prefill_chunk]
@@ -88,6 +92,7 @@ class StepPlan:
         )
         self.waiting = waiting
         self.num_waiting = num_waiting
+        self.can_admit = can_admit
         self.token_budget = max_tokens
         self.max_admissions: int | None = None
         self.decode_first = False

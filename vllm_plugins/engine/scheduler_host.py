@@ -109,6 +109,7 @@ class _PolicyHost(Scheduler):
             self.waiting,
             num_waiting,
             self.max_num_scheduled_tokens,
+            self._plugin_can_admit,
         )
         for policy in self.plugin_policies:
             policy.plan(plan)
@@ -121,6 +122,15 @@ class _PolicyHost(Scheduler):
             if output.finished_req_ids:
                 policy.forget(output.finished_req_ids)
         return output
+
+    def _plugin_can_admit(self, request: Request) -> bool:
+        taken = len(self.running) + self.num_waiting_for_streaming_input
+        if taken >= min(getattr(self, name) for name in self.plugin_admission_limits):
+            return False
+        blocks = self.cache_config.num_gpu_blocks or 0
+        free = (1.0 - self.get_kv_cache_usage()) * blocks * self.block_size
+        # Every running request may need another block before the prompt is through.
+        return bool(request.num_tokens + len(self.running) * self.block_size <= free)
 
     @contextmanager
     def _plugin_applied(self, plan: StepPlan) -> Iterator[None]:
