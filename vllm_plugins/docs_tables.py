@@ -14,15 +14,15 @@ import argparse
 import json
 import re
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from vllm_plugins.cli.describe import metrics_of, option_table
+from vllm_plugins.compat.combinations import own_plugins
 from vllm_plugins.errors import PluginError
 from vllm_plugins.metrics import ACTIVE, PREFIX
 from vllm_plugins.plugin import Plugin
-from vllm_plugins.registry import entry_points, load
+from vllm_plugins.registry import load
 
 BLOCK = re.compile(
     r"(?P<begin><!-- (?P<what>options|metrics|plugins)(?P<name>:[\w-]+)? -->\n)"
@@ -53,23 +53,13 @@ def table(what: str, name: str | None) -> str:
     return metric_rows(core_metrics() if of == CORE else metrics_of(load(of)))
 
 
-def own_plugins() -> list[Plugin]:
-    """Return the plug-ins that this package itself ships."""
-    points = entry_points().values()
-    return [load(point.name) for point in points if _is_own(point)]
-
-
-def _is_own(point: metadata.EntryPoint) -> bool:
-    return point.dist is not None and point.dist.name == "vllm-plugins"
-
-
 def plugin_rows() -> str:
     """Return name, summary, family and exactness of this package's plug-ins, as a table."""
     head = ("Plug-in", "What it does", "Family", "Outputs")
     rows = [
         (f"[{plugin.name}]({_folder(plugin)}/README.md)", plugin.summary, plugin.family,
          plugin.exactness)
-        for plugin in own_plugins()
+        for plugin in map(load, own_plugins())
     ]  # fmt: skip
     return _markdown(head, rows)
 

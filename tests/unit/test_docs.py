@@ -16,6 +16,7 @@ from vllm_plugins import docs_tables
 from vllm_plugins.activation import _add_flag
 from vllm_plugins.cli.describe import metrics_of
 from vllm_plugins.cli.main import COMMANDS, build_parser
+from vllm_plugins.compat.combinations import own_plugins
 from vllm_plugins.errors import PluginError
 from vllm_plugins.plugin import Plugin
 from vllm_plugins.registry import load, validate_options
@@ -34,7 +35,7 @@ PAGES = sorted(
 )
 DASHBOARD = ROOT / "examples/grafana/vllm_plugins.json"
 FLAG = _add_flag(argparse.ArgumentParser(allow_abbrev=False))
-PLUGINS = {plugin.name: plugin for plugin in docs_tables.own_plugins()}
+PLUGINS = {name: load(name) for name in own_plugins()}
 # Stand for a plug-in of the reader's choice, and for none.
 PLACEHOLDERS = {"NAME", "none"}
 EXAMPLE = ROOT / "examples/third_party"
