@@ -114,6 +114,9 @@ def main() -> int:
         console.print("[red]failed:[/red]", end=" ")
         console.print(str(error), markup=False, highlight=False)
         return 1
+    except KeyboardInterrupt:
+        console.print("interrupted; the servers are stopped")
+        return 130
     console.print(f"demo: {time.monotonic() - start:.0f} s")
     return 0 if good else 1
 
