@@ -136,11 +136,11 @@ def metrics_of(plugin: Plugin) -> Iterator[dict[str, str]]:
 
 
 def _modules(name: str) -> list[Path]:
-    """Return the files of a plug-in: its module, and where it has a package, the whole package."""
+    """Return the files of a plug-in: its folder where it declares itself in ``plugin.py``."""
     spec = find_spec(name)
     assert spec is not None and spec.origin is not None, f"{name} was imported a moment ago"
     origin = Path(spec.origin)
-    return sorted(origin.parent.glob("*.py")) if "." in name else [origin]
+    return sorted(origin.parent.glob("*.py")) if name.endswith(".plugin") else [origin]
 
 
 def stock_arguments(item: Enabled) -> list[str]:

@@ -168,6 +168,10 @@ SCHEDULER = (
             "Wrapped: policies learn from a finished step."),
     _method(f"{_SCHEDULER}.add_request", "request",
             "Wrapped: policies hear of a request before it is queued."),
+    _has(_SCHEDULER, "cache_config block_size",
+         "Whether a prompt fits into the KV cache beside those that run."),
+    _method(f"{_SCHEDULER}.get_kv_cache_usage", "",
+            "Whether a prompt fits into the KV cache beside those that run."),
     _method(f"{_SCHEDULER}.get_request_counts", "",
             "Number of waiting requests, skipped ones included."),
     _has(_SCHEDULER,
@@ -196,8 +200,6 @@ SCHEDULER = (
             "remove_requests": "requests",
         }.items()
     ),
-    _class("vllm.v1.core.sched.request_queue:FCFSRequestQueue",
-           "The stock waiting queue, claimed by a policy that reorders it.", bases=(_QUEUE,)),
 )  # fmt: skip
 
 DATA = (
@@ -262,6 +264,7 @@ SIMULATOR = (
     _class("vllm.v1.kv_cache_interface:KVCacheGroupSpec", "A KV cache without memory."),
     _class("vllm.v1.structured_output:StructuredOutputManager", "Argument of the scheduler."),
     _class("vllm.v1.request:RequestStatus", "Aborts."),
+    _has("vllm.v1.request:RequestStatus", "FINISHED_ABORTED", "Aborts of simulated clients."),
     _has("vllm.v1.request:Request", "num_prompt_tokens prompt_token_ids from_engine_core_request",
          "What a simulated step computes."),
     _has("vllm.config:VllmConfig", "cache_config", "Whether prefixes are cached."),

@@ -23,17 +23,13 @@ have the same Python sources; what depends on a GPU is not tested here.
 
 ## Adding a vLLM release
 
-The tested window is one table, `vllm_plugins/supported_vllm.json`; the range check, `vllm-plugins
-doctor`, the development environment and this matrix read it, and a test compares the bounds of the
-extras in `pyproject.toml` with it.
-
-1. Add the version to `tested` there, and raise `below` (and the extras' bounds) if it is outside.
-2. Run `make matrix`. A broken contract names the upstream symbol, what was expected, what was
-   found, and why it is needed; a failed request leaves its log in `.cache/matrix/results`.
-3. Mend the mechanism in `vllm_plugins/engine` or add a probe to `vllm_plugins/versions.py`, and
-   commit the new grid.
-
-To try a version before it is listed: `python -m vllm_plugins.compat.matrix --versions X.Y.Z`.
+One table, `vllm_plugins/supported_vllm.json`, and one command, `make matrix`; the steps are in
+[new_vllm_release.md](new_vllm_release.md). The range check, `vllm-plugins doctor`, the development
+environment and this matrix read the table, and a test compares the bounds of the extras in
+`pyproject.toml` with it. A broken contract names the upstream symbol, what was expected, what was
+found, and why it is needed; a request that failed leaves its server's log in
+`.cache/matrix/results`. To try a version before it is listed:
+`python -m vllm_plugins.compat.matrix --versions X.Y.Z`.
 
 ## Results
 

@@ -129,7 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not MODEL_MAKER.exists():
         print(f"{MODEL_MAKER} is missing: run this in a checkout of the project", file=sys.stderr)
         return 2
-    subprocess.run([sys.executable, str(MODEL_MAKER), str(MODEL)], check=True, stdout=sys.stderr)
+    subprocess.run(
+        [sys.executable, str(MODEL_MAKER), str(MODEL)], check=True, stdout=subprocess.DEVNULL
+    )
     chosen = args.versions.split(",") if args.versions else list(supported_window().tested)
     outcomes = run_all(chosen, args.reuse)
     print("\n" + grid.table(outcomes))

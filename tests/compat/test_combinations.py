@@ -1,0 +1,75 @@
+"""Every pair of plug-ins is decided: refused with a reason, or it works on the real engine."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from tests.models import make_engine, scheduler_of
+from tests.unit.fake_plugins import offer
+from vllm_plugins import engine_args
+from vllm_plugins.compat import combinations
+from vllm_plugins.compat.combinations import Pair, decide, decide_all, own_plugins
+
+ROOT = Path(__file__).resolve().parents[2]
+ALLOWED = [pair for pair in decide_all() if not pair.refusal]
+PROMPT = [5 + (7 * i) % 400 for i in range(150)]
+
+
+def test_the_page_is_current_and_has_every_pair():
+    text = (ROOT / combinations.PAGE).read_text()
+    assert text == combinations.page(), "run `python -m vllm_plugins.compat.combinations`"
+    for pair in itertools.combinations(own_plugins(), 2):
+        assert f"| {' + '.join(pair)} |" in text
+
+
+def test_own_plugins_are_those_of_this_distribution(monkeypatch):
+    offer(monkeypatch, loner="LonerPlugin")
+    assert "loner" not in own_plugins()
+    assert {"sarathi", "spf"} <= set(own_plugins())
+
+
+def test_a_declared_conflict_is_a_refusal_in_either_order(monkeypatch):
+    offer(monkeypatch, loner="LonerPlugin")
+    for names in (("loner", "sarathi"), ("sarathi", "loner")):
+        assert decide(*names).refusal == "cannot run beside 'sarathi' (both own the step)"
+
+
+def test_two_owners_of_one_argument_are_a_refusal(monkeypatch):
+    offer(monkeypatch, setter="SchedulerSetter")
+    assert "sets --scheduler-cls" in decide("spf", "setter").refusal
+
+
+def test_options_that_exclude_one_another_are_found():
+    pair = decide("sarathi", "spf")
+    assert pair.refusal == ""
+    assert any("`sarathi:order=least_slack` orders the wait" in o for o in pair.refused_options)
+    assert not any("order=fcfs" in option for option in pair.refused_options)
+
+
+def test_rows_say_refused_or_works():
+    refused, works = Pair(("a", "b"), "both own the step"), Pair(("a", "c"))
+    page = combinations.page([refused, works])
+    assert page.endswith("| a + b | refused | both own the step |\n| a + c | works |  |\n")
+
+
+def greedy(model, *names: str) -> list[int]:
+    from vllm import SamplingParams
+
+    arguments = {**engine_args(*names), "max_num_batched_tokens": 64, "max_num_seqs": 8}
+    with make_engine(model, **arguments) as llm:
+        assert len(getattr(scheduler_of(llm), "plugin_policies", ())) == len(names)
+        params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+        (result,) = llm.generate([{"prompt_token_ids": PROMPT}], params, use_tqdm=False)
+        return list(result.outputs[0].token_ids)
+
+
+@pytest.fixture(scope="module")
+def stock(tiny_llama) -> list[int]:
+    return greedy(tiny_llama)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("pair", ALLOWED, ids=lambda pair: pair.key)
+def test_every_pair_that_is_not_refused_works(pair, tiny_llama, stock):
+    assert greedy(tiny_llama, *pair.names) == stock
