@@ -75,7 +75,7 @@ def _entitle(figure: Any, results: Results, label: str) -> None:
     at = "" if label == config.workload else f" at {label}"
     figure.suptitle(
         f"{' vs '.join(names[1:] + names[:1])}: {config.workload} workload{at}, "
-        f"{Path(config.model).name}, {config.repeats} alternated rounds",
+        f"{Path(config.model).name}, alternated rounds: {config.repeats}",
         fontsize=11,
     )
 
@@ -117,8 +117,10 @@ def _ttft(results: Results, record: Record) -> Floats:
 def _cumulative(axis: Any, values: Floats, name: str, colour: str) -> None:
     if not len(values):
         return
-    shares = np.linspace(0, 1, min(CURVE_POINTS, len(values)))
-    axis.step(np.quantile(values, shares), shares, where="post", color=colour, label=name, lw=1.8)
+    shares = np.linspace(0, 1, min(CURVE_POINTS, len(values)) + 1)
+    # Every step ends at an observation, so that a single one is an upright line.
+    steps = np.quantile(values, shares, method="inverted_cdf")
+    axis.step(steps, shares, where="post", color=colour, label=name, lw=1.8)
 
 
 def _finish(axis: Any, label: str, target: float) -> None:
