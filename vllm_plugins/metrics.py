@@ -55,15 +55,18 @@ ACTIVE = MetricSpec(
 )
 
 _directory: tempfile.TemporaryDirectory[str] | None = None
-_collecting: set[str] = set()
 
 
 def metrics_directory() -> Path:
     """Return the directory of this server's metric files, made on first use."""
-    global _directory
     for name in (VLLM_DIRECTORY, OWN_DIRECTORY):
         if name in os.environ:
             return Path(os.environ[name])
+    return _make_directory()
+
+
+def _make_directory() -> Path:
+    global _directory
     _directory = tempfile.TemporaryDirectory(prefix="vllm-plugins-metrics-")
     # Child processes inherit the environment, which is how an engine finds its server.
     os.environ[OWN_DIRECTORY] = _directory.name
@@ -75,10 +78,10 @@ def publish_in_this_process() -> None:
     from prometheus_client import REGISTRY
     from prometheus_client.multiprocess import MultiProcessCollector
 
-    directory = str(metrics_directory())
-    if VLLM_DIRECTORY not in os.environ and directory not in _collecting:
-        _collecting.add(directory)
-        REGISTRY.register(MultiProcessCollector(None, directory))
+    # A server that was started from a process with plug-ins inherits that one's directory, whose
+    # values are not its own.
+    if VLLM_DIRECTORY not in os.environ and _directory is None:
+        REGISTRY.register(MultiProcessCollector(None, str(_make_directory())))
 
 
 class Metrics:

@@ -136,12 +136,17 @@ print(os.environ[m.OWN_DIRECTORY])
 """
 
 
-def test_a_server_publishes_once_and_cleans_up():
-    """The default registry shows the values once, and the folder goes with the process."""
-    names = (m.VLLM_DIRECTORY, m.OWN_DIRECTORY)
-    env = {key: value for key, value in os.environ.items() if key not in names}
+def test_a_server_publishes_once_and_cleans_up(folder):
+    """The default registry shows the values once, and the folder goes with the process.
+
+    The server's parent has plug-ins too, and values of the same names.
+    """
+    Metrics(SPECS, {}).set("b", 5)
+    env = dict(os.environ)
     done = subprocess.run(
         [sys.executable, "-c", PUBLISH], capture_output=True, text=True, env=env, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert not Path(done.stdout.strip()).exists()
+    own = Path(done.stdout.strip())
+    assert own != folder
+    assert not own.exists()
