@@ -292,7 +292,7 @@ RUNNABLE = [
 ]
 
 
-FILL = "from vllm_plugins import docs_tables as d\nd.table('options', 'spf'), d.table('plugins', '')"
+FILL = "from vllm_plugins import docs_tables as d\nd.table('plugins', None)"
 UNTOUCHED = "import sys\nassert not {'vllm', 'torch'} & sys.modules.keys()"
 
 
