@@ -102,7 +102,8 @@ class SarathiPolicy(SchedulerPolicy):
 
         # A step's time is how long one pipeline stage is busy with it; the next token of a request
         # is as many such times away as there are stages.
-        limit = allowed / self._options.margin / self.facts.pipeline_stages
+        margin = max(self._options.margin, self._estimator.spread)
+        limit = allowed / margin / self.facts.pipeline_stages
         budget = budgets.largest(seconds, limit, decode_rows)
         if budget == budgets.least(decode_rows) and seconds(budget) > limit:
             self.metric.inc(m.INFEASIBLE.name)

@@ -49,7 +49,8 @@ def _seconds(extra: dict[str, object], name: str) -> float | None:
     if value is None:
         return None
     try:
-        ms = float(value)  # type: ignore[arg-type]
+        # JSON's true would pass for one millisecond.
+        ms = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise InvalidTargetError(f"{name}={value!r} is not a number of milliseconds") from None
     if not (math.isfinite(ms) and 0 < ms <= MAX_MS):

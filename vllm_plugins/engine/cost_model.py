@@ -137,12 +137,22 @@ def fit(works: Sequence[StepWork], seconds: Sequence[float], tile: int = 1) -> S
     if not np.all(measured > 0):
         raise ValueError("step times must be positive")
     rows = np.unique([work.rows for work in works])
-    candidates = [math.inf, *np.quantile(rows, np.linspace(0.1, 0.9, 17))]
-    fits = [(knee, *_solve(design_matrix(works, knee, tile), measured)) for knee in candidates]
-    straight = fits[0]
-    best = min(fits, key=lambda item: item[2])
+    straight = _best_fit(works, measured, tile, [math.inf])
+    coarse = np.quantile(rows, np.linspace(0.1, 0.9, 17))
+    knee = _best_fit(works, measured, tile, coarse)[0]
+    around = np.linspace(coarse[coarse <= knee][:-1].max(initial=rows[0]),
+                         coarse[coarse >= knee][1:].min(initial=rows[-1]), 17)  # fmt: skip
+    best = _best_fit(works, measured, tile, around)
     knee, coefficients, _ = best if best[2] < 0.95 * straight[2] else straight
     return StepCostModel(tuple(float(c) for c in coefficients), float(knee), tile)
+
+
+def _best_fit(
+    works: Sequence[StepWork], measured: FloatArray, tile: int, knees: Iterable[float]
+) -> tuple[float, FloatArray, float]:
+    """Return the knee with the smallest squared residual, its coefficients and that residual."""
+    fits = ((knee, *_solve(design_matrix(works, knee, tile), measured)) for knee in knees)
+    return min(fits, key=lambda item: item[2])
 
 
 def _solve(features: FloatArray, measured: FloatArray) -> tuple[FloatArray, float]:
@@ -187,6 +197,32 @@ class Correction:
         self.g += self._weight * (ratio - self.g)
 
 
+class Spread:
+    """How far steps exceed their predictions: a running quantile of measured / predicted.
+
+    A least-squares model predicts the middle, and a target is missed by the slow tail. The
+    quantile is followed by stochastic approximation: up by ``rate * quantile`` when a step exceeds
+    it, down by ``rate * (1 - quantile)`` when not, so that it rests where that share exceeds it.
+
+    Args:
+        quantile: Share of the steps that should stay below.
+        rate: Size of a move.
+    """
+
+    LIMIT = 3.0
+
+    def __init__(self, quantile: float = 0.95, rate: float = 0.05) -> None:
+        self._quantile = quantile
+        self._rate = rate
+        self.value = 1.0
+
+    def learn(self, predicted: float, measured: float) -> None:
+        """Take one step's predicted and measured time, in seconds."""
+        above = measured > self.value * predicted
+        self.value += self._rate * (self._quantile - (not above))
+        self.value = min(max(self.value, 1.0), self.LIMIT)
+
+
 class OnlineFit:
     """A cost model learnt from the steps that are being served, for use without a profile.
 
@@ -218,13 +254,14 @@ class OnlineFit:
 
     def learn(self, work: StepWork, measured: float) -> None:
         """Take one step that took ``measured`` seconds."""
-        model = self.model
-        if model is not None:
-            measured = min(measured, self.OUTLIER * model.seconds(work))
+        # Relative to the prediction, as in the offline fit: relative to the measured time the fast
+        # steps among equal ones would count most, and the model would promise too much.
+        scale = measured if self.model is None else max(self.model.seconds(work), 1e-3 * measured)
         rows = -(-work.rows // self._tile) * self._tile
         features = (1.0, rows, 0.0, work.requests, work.decode_context, work.prefill_work)
         kind = self._prefilling if work.prefill_work else self._decoding
-        kind.pending.append([value / measured for value in features])
+        ratio = min(measured / scale, self.OUTLIER)
+        kind.pending.append([*(value / scale for value in features), ratio])
         self.steps += 1
         if self.steps >= self.MIN_STEPS and (self.steps <= 32 or self.steps % self._every == 0):
             self.model = self._refit()
@@ -249,8 +286,8 @@ class _Evidence:
 
     Attributes:
         gram: Weighted sum of products of features, shape (features, features).
-        moment: Weighted sum of features, shape (features,).
-        pending: Relative features of steps that are not in the sums yet.
+        moment: Weighted sum of features times the relative time, shape (features,).
+        pending: Relative features of steps that are not in the sums yet, the relative time last.
     """
 
     def __init__(self, forgetting: float) -> None:
@@ -263,9 +300,10 @@ class _Evidence:
         """Add the pending steps to the sums, all at once to spare work per step."""
         if not self.pending:
             return
-        rows = np.array(self.pending)
+        pending = np.array(self.pending)
+        rows, ratios = pending[:, :-1], pending[:, -1]
         weights = self._forgetting ** np.arange(len(rows) - 1, -1, -1)
         kept = self._forgetting ** len(rows)
         self.gram = kept * self.gram + (rows * weights[:, None]).T @ rows
-        self.moment = kept * self.moment + weights @ rows
+        self.moment = kept * self.moment + (weights * ratios) @ rows
         self.pending = []
