@@ -196,6 +196,8 @@ def _facts(d: Diagnosis) -> Iterator[tuple[str, Any]]:
     yield "platform", d.engine.platform or "unknown"
     yield "device", d.engine.device or "unknown"
     chosen = "" if d.runner_choice is None else f" ({RUNNER_CHOICE}={d.runner_choice})"
-    yield "model runner", (d.engine.runner or "unknown") + chosen
+    # Some features and, in older versions, some architectures decide otherwise.
+    runner = f"{d.engine.runner}, unless the model asks for another" if d.engine.runner else ""
+    yield "model runner", (runner or "unknown") + chosen
     yield ALLOW_LIST, "not set" if d.allow_list is None else d.allow_list
     yield "entry point", ", ".join(d.entry_points) or "missing"

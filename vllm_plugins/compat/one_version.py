@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ STEP_ROWS = 64
 SERVE = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8",
          "--max-num-batched-tokens", str(STEP_ROWS),
          )  # fmt: skip
-START_S = 300.0
+START_S = 600.0
 START_METHOD = "VLLM_WORKER_MULTIPROCESSING_METHOD"
 
 
@@ -111,11 +112,11 @@ class VersionRun:
         outcome.contracts = self._try(self._contracts)
         self._spawned = tuple(allowed[:1])
         for name in allowed:
-            outcome.plugins[name] = self._try(lambda name=name: self._serve(name))
+            outcome.plugins[name] = self._try(partial(self._serve, name))
         # Last, because an engine leaves traces in the environment that servers would inherit.
-        outcome.plugins[STOCK] = self._try(lambda: self._generate(STOCK, ()))
+        outcome.plugins[STOCK] = self._try(partial(self._generate, STOCK, ()))
         for pair in pairs:
-            outcome.pairs[pair.key] = self._try(lambda p=pair: self._generate(p.key, p.names))
+            outcome.pairs[pair.key] = self._try(partial(self._generate, pair.key, pair.names))
         self._compare(outcome.plugins)
         self._compare(outcome.pairs)
         self._save(outcome)
