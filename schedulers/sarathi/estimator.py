@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vllm_plugins.engine.cost_model import Correction, OnlineFit, StepCostModel, StepWork
+from vllm_plugins.engine.cost_model import Correction, OnlineFit, Spread, StepCostModel, StepWork
 
 
 class StepTimeEstimator:
@@ -23,11 +23,17 @@ class StepTimeEstimator:
         self._profiled = profiled
         self._fit = OnlineFit(tile) if profiled is None and online else None
         self._correction = Correction() if profiled is not None and online else None
+        self._spread = Spread() if online else None
 
     @property
     def correction(self) -> float:
         """The factor ``g``; 1 where nothing is corrected."""
         return self._correction.g if self._correction else 1.0
+
+    @property
+    def spread(self) -> float:
+        """Factor by which all but one in twenty steps with prefill stay within the prediction."""
+        return self._spread.value if self._spread else 1.0
 
     def predictor(self) -> Callable[[StepWork], float] | None:
         """Return the prediction in seconds as of now; None before there is anything to go by."""
@@ -39,6 +45,9 @@ class StepTimeEstimator:
 
     def learn(self, work: StepWork, measured: float) -> None:
         """Take a step that took ``measured`` seconds."""
+        predict = self.predictor()
+        if self._spread is not None and predict is not None and work.prefill_work:
+            self._spread.learn(predict(work), measured)
         if self._fit is not None:
             self._fit.learn(work, measured)
         elif self._correction is not None and self._profiled is not None:

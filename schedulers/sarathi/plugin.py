@@ -57,7 +57,11 @@ class SarathiOptions(Options):
         True, description="Correct the profile while serving, or learn the step times without one."
     )
     margin: float = Field(
-        1.2, ge=1.0, le=2.0, description="A step is planned for tbt_slo_ms divided by this."
+        1.2,
+        ge=1.0,
+        le=2.0,
+        description="A step is planned for tbt_slo_ms divided by this, or by more where steps are "
+        "seen to exceed their predictions further.",
     )
     tile: Annotated[Literal[1, 16, 32, 64, 128, 256] | None, BeforeValidator(_number)] = Field(
         None, description="Rows of a matrix tile; budgets are multiples. By default 128, CPU 1."
