@@ -112,7 +112,8 @@ def check_vllm_plugins(words: list[str]) -> None:
         args = build_parser(words[1]).parse_args(words[1:])
     except SystemExit:
         raise ValueError(f"vllm-plugins refuses {shlex.join(words)}") from None
-    check_specs([getattr(args, "plugin", "none")])
+    named = getattr(args, "plugin", [])
+    check_specs([named] if isinstance(named, str) else named)
 
 
 def check_vllm(words: list[str]) -> None:
