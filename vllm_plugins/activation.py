@@ -162,13 +162,12 @@ class _ChecksAtStart:
 
 def _restored(base: type[Any], values: dict[str, Any]) -> Any:
     plugged = _plugged_class(base)
-    engine_args = plugged.__new__(plugged)
-    vars(engine_args).update(values)
-    return engine_args
+    arguments = object.__new__(plugged)
+    vars(arguments).update(values)
+    return arguments
 
 
-@functools.cache
-def _plugged_class(base: type[Any]) -> type[Any]:
+def _plugged_class(base: Any) -> Any:
     return type(base.__name__, (_ChecksAtStart, base), {"__module__": base.__module__})
 
 

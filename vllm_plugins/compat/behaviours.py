@@ -160,7 +160,7 @@ def metric_files_are_read() -> None:
         metrics.set("contract_b", 5)
         metrics.observe("contract_c", 1.5)
         registry = CollectorRegistry()
-        MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
+        MultiProcessCollector(registry, folder)
         found = {
             name: registry.get_sample_value(PREFIX + name, {**labels, **extra})
             for name, extra in (
@@ -182,7 +182,7 @@ def collector_survives_vllm() -> None:
 
     spec = MetricSpec("contract_d", "gauge", "A gauge.")
     with tempfile.TemporaryDirectory() as folder, _metrics_in(folder):
-        collector = MultiProcessCollector(None, folder)  # type: ignore[no-untyped-call]
+        collector = MultiProcessCollector(None, folder)
         REGISTRY.register(collector)
         try:
             Metrics([spec], {}).set("contract_d", 7)

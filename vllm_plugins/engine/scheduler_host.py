@@ -21,7 +21,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm_plugins.engine.policy import SchedulerFacts, SchedulerPolicy, Step, StepPlan
 from vllm_plugins.metrics import ACTIVE, Metrics, engine_labels
 from vllm_plugins.plugin import SchedulerPlugin
-from vllm_plugins.settings import enabled_plugins
+from vllm_plugins.settings import enabled_plugins, requested
 from vllm_plugins.versions import admission_limits
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ def create_scheduler(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Sche
 class _PolicyHost(Scheduler):
     """Mixed in before a scheduler class; every attribute of its own starts with ``plugin_``."""
 
+    running: list[Request]
+    max_num_scheduled_tokens: int
+
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         self.plugin_clock: Callable[[], float] = time.monotonic
@@ -59,27 +62,25 @@ class _PolicyHost(Scheduler):
         self.plugin_policies = self._plugin_load_policies()
 
     def _plugin_load_policies(self) -> list[SchedulerPolicy]:
-        enabled = enabled_plugins(self.vllm_config)
-        chosen = [item for item in enabled if isinstance(item.plugin, SchedulerPlugin)]
-        policies = [item.plugin.policy(item.options, self.vllm_config) for item in chosen]
-        specs = [spec for policy in policies for spec in policy.metrics]
+        policies = {
+            item.plugin.name: item.plugin.policy(item.options, self.vllm_config)
+            for item in enabled_plugins(self.vllm_config)
+            if isinstance(item.plugin, SchedulerPlugin)
+        }
+        specs = [spec for policy in policies.values() for spec in policy.metrics]
         metrics = Metrics([ACTIVE, *specs], engine_labels(self.vllm_config))
         facts = self._plugin_facts()
-        for item, policy in zip(chosen, policies, strict=True):
+        for name, policy in policies.items():
             policy.bind(facts, metrics)
-            metrics.set(ACTIVE.name, 1, item.plugin.name)
-            logger.info(
-                "vllm-plugins: %s is on (%s): %s",
-                item.plugin.name,
-                type(self).__name__,
-                item.options,
-            )
-        for policy in policies:
+            metrics.set(ACTIVE.name, 1, name)
             # The registry has let at most one plug-in through that orders the queue.
             queue = policy.waiting_queue()
             if queue is not None:
                 self.waiting = queue
-        return policies
+        host = type(self).__name__
+        for spec in requested(self.vllm_config.additional_config):
+            logger.info("vllm-plugins: %s is on (%s): %s", spec.name, host, spec.options)
+        return list(policies.values())
 
     def _plugin_facts(self) -> SchedulerFacts:
         return SchedulerFacts(

@@ -11,6 +11,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm.sampling_params import SamplingParams
@@ -128,7 +129,7 @@ class VirtualEngine:
     def add(self, requests: Iterable[SimulatedRequest]) -> None:
         """Let requests arrive at their times."""
         for request in requests:
-            self.at(request.arrival_s, lambda request=request: self._arrive(request))
+            self.at(request.arrival_s, partial(self._arrive, request))
 
     def at(self, at_s: float, action: Callable[[], None]) -> None:
         """Do something at a time, between two steps."""

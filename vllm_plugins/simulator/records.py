@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 
@@ -69,7 +70,7 @@ class RequestRecord:
     def gaps(self) -> list[float]:
         """Seconds between consecutive tokens."""
         times = self.token_times
-        return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        return [later - earlier for earlier, later in pairwise(times)]
 
 
 @dataclass(frozen=True, slots=True)
