@@ -42,7 +42,7 @@ def _install_flag(engine_args: type[Any]) -> None:
         return _add_flag(add_cli_args(parser))
 
     @functools.wraps(from_cli_args)
-    def from_cli_args_with_plugin(cls: type[Any], args: argparse.Namespace) -> Any:
+    def from_cli_args_with_plugin(cls: Any, args: argparse.Namespace) -> Any:
         changes = _changes(args)
         if not changes:
             return from_cli_args(cls, args)
@@ -160,13 +160,14 @@ class _ChecksAtStart:
         return _restored, (type(self).__bases__[1], vars(self))
 
 
-def _restored(base: type[Any], values: dict[str, Any]) -> Any:
+def _restored(base: Any, values: dict[str, Any]) -> Any:
     plugged = _plugged_class(base)
     arguments = object.__new__(plugged)
     vars(arguments).update(values)
     return arguments
 
 
+@functools.cache
 def _plugged_class(base: Any) -> Any:
     return type(base.__name__, (_ChecksAtStart, base), {"__module__": base.__module__})
 
