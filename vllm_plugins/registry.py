@@ -56,6 +56,9 @@ def load(name: str) -> Plugin:
     if name not in points:
         close = difflib.get_close_matches(name, points, n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
+        if "/" in name:
+            # `vllm serve --plugin spf MODEL`: the flag takes all the words that follow it.
+            hint = "a model goes before --plugin; "
         raise PluginError(
             f"--plugin {name}", "no such plug-in", f"{hint}installed: {', '.join(points)}"
         )

@@ -57,6 +57,11 @@ def test_options_are_converted_to_their_types():
             ["sarathy"],
             f"--plugin sarathy: no such plug-in; did you mean 'sarathi'? installed: {INSTALLED}",
         ),
+        (
+            ["spf", "org/Model-1B"],
+            "--plugin org/Model-1B: no such plug-in; a model goes before --plugin; "
+            f"installed: {INSTALLED}",
+        ),
         (["zzz"], f"--plugin zzz: no such plug-in; installed: {INSTALLED}"),
         (
             ["sarathi:tbt_slo=40"],
