@@ -94,7 +94,8 @@ def faults(model, *arguments: str) -> dict[str, object]:
             in_flight = [pool.submit(post, server, body_of(server, 1900)) for _ in range(2)]
             wait_until(lambda: server.metric("vllm:num_requests_running") == 2, 30)
             os.kill(engine_process(server), signal.SIGKILL)
-            seen["in flight"] = [request.result() for request in in_flight]
+            # The class: which of two error texts a client gets is a race in stock itself.
+            seen["in flight"] = sorted({request.result()[0] // 100 for request in in_flight})
         seen["seconds to end"] = wait_until(
             lambda: server.process.poll() is not None, ENGINE_LOSS_S
         )
@@ -111,5 +112,5 @@ def test_every_fault_ends_as_in_stock(tiny_llama):
     assert [status for status, _ in stock["bad requests"]].count(400) >= 8
     assert stock["served after faults"] == (200, "")
     assert stock["KV usage after hang-ups"] == 0
-    assert all(status != 200 for status, _ in stock["in flight"])
+    assert 2 not in stock["in flight"]
     assert seconds[1] <= seconds[0] + 10
