@@ -3,8 +3,8 @@
     python benchmarks/scheduler_overhead.py [--decodes 16 64 256] [--steps 400] [--out FILE]
 
 Engines without a model (stock, the host with no plug-in, the host with Sarathi-Serve and SPF) take
-the same step in turn, in an order that changes every time, so that a slow moment of the machine
-falls on all of them alike. What is timed is ``schedule()`` plus ``update_from_output()``, on the
+the same step in turn, in random order, so that a slow moment of the machine, and caches full of
+the engine before, fall on all of them alike. What is timed is ``schedule()`` plus ``update_from_output()``, on the
 thread's own CPU clock; what is reported is the median over steps of the ratio to stock.
 
 Two loads: ``decode`` (nothing but running decodes) and ``mixed`` (a long prompt is prefilled beside
@@ -17,6 +17,7 @@ import argparse
 import gc
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -78,12 +79,12 @@ class TimedEngine:
 def measure(engines: Sequence[TimedEngine], steps: int) -> dict[str, list[int]]:
     """Take steps in turn; nanoseconds per step of each engine, shape (steps,)."""
     times: dict[str, list[int]] = {engine.variant.name: [] for engine in engines}
+    order = random.Random(0)
     gc.collect()
     gc.disable()
     try:
         for i in range(WARM_UP + steps):
-            k = i % len(engines)
-            for engine in (*engines[k:], *engines[:k]):
+            for engine in order.sample(engines, len(engines)):
                 spent = engine.step()
                 if i >= WARM_UP:
                     times[engine.variant.name].append(spent)

@@ -88,7 +88,11 @@ class SarathiPolicy(SchedulerPolicy):
         if predict is None:
             # Nothing is known yet; small steps teach quickly and hurt nobody.
             return budgets.least(decode_rows)
-        context = sum([request.num_computed_tokens for request in decodes])
+        context = (
+            plan.decode_context()
+            if len(decodes) == len(plan.decodes)
+            else sum([request.num_computed_tokens for request in decodes])
+        )
         pending = PendingPrefill(
             [
                 (r.num_tokens - r.num_computed_tokens, r.num_computed_tokens)
@@ -202,8 +206,10 @@ class SarathiPolicy(SchedulerPolicy):
         if prefill_rows:
             self.metric.observe(m.BUDGET.name, step.plan.token_budget)
         ran = step.output.num_scheduled_tokens
-        left_out = [r for r in step.plan.decodes if r.request_id not in ran]
-        stalled = sum(r not in step.plan.hidden and _runnable(r) for r in left_out)
+        stalled = 0
+        if len(step.plan.decodes) * self.facts.decode_rows > work.rows - prefill_rows:
+            left_out = [r for r in step.plan.decodes if r.request_id not in ran]
+            stalled = sum(r not in step.plan.hidden and _runnable(r) for r in left_out)
         if self._options.pp_balance:
             self._recent.append(ran.keys() & {r.request_id for r in step.plan.decodes})
         if stalled:

@@ -61,9 +61,7 @@ def profile_file(model: StepCostModel = MACHINE, **arguments: Any) -> Path:
     return file
 
 
-def request(
-    name: str, arrival: float, prompt: int, output: int, **fields: Any
-) -> SimulatedRequest:
+def request(name: str, arrival: float, prompt: int, output: int, **fields: Any) -> SimulatedRequest:
     """A request whose prompt shares nothing with the others'."""
     source = random.Random(name)
     return SimulatedRequest(

@@ -1,5 +1,7 @@
 """Sarathi-Serve on a machine whose speed is known: targets met, models learnt, no oscillation."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -81,9 +83,7 @@ def test_a_night_of_short_chats_does_not_make_the_next_long_prompt_a_stall():
     during = [
         later - earlier
         for i in range(4)
-        for earlier, later in zip(
-            ours.records[f"{i}"].token_times, ours.records[f"{i}"].token_times[1:], strict=False
-        )
+        for earlier, later in pairwise(ours.records[f"{i}"].token_times)
         if late.request.arrival_s < later and earlier < late.first_token_s
     ]
     assert len(during) > 10
@@ -113,11 +113,11 @@ def test_budgets_are_at_rest_when_the_load_is():
     steps = [s for s in ours.steps if s.rows > s.decodes + 1][40:]
     budgets = [s.budget for s in steps[:120]]
     assert len(budgets) > 60
-    changes = [abs(b - a) for a, b in zip(budgets, budgets[1:], strict=False)]
+    changes = [abs(b - a) for a, b in pairwise(budgets)]
     # A budget is a multiple of the tile: at rest it stays, or follows the context by one tile.
     assert max(changes) <= tile
-    signs = [np.sign(b - a) for a, b in zip(budgets, budgets[1:], strict=False) if a != b]
-    assert sum(a != b for a, b in zip(signs, signs[1:], strict=False)) <= 2
+    signs = [np.sign(b - a) for a, b in pairwise(budgets) if a != b]
+    assert sum(a != b for a, b in pairwise(signs)) <= 2
 
 
 def test_a_request_s_own_target_is_honoured():

@@ -1,4 +1,4 @@
-"""The host around ``schedule()``: plans compose, hidden requests come back, errors leave no trace."""
+"""The host around ``schedule()``: plans compose, the hidden come back, errors leave no trace."""
 
 import pytest
 

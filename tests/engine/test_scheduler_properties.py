@@ -112,7 +112,7 @@ def test_small_caches_preempt():
     priority=st.booleans(),
 )
 def test_neutral_settings_schedule_as_stock(neutral, seed, blocks, asynchronous, caching, priority):
-    # Under priorities stock lets a prompt go before running decodes; decode_first forbids just that.
+    # Under priorities stock lets a prompt go before running decodes, which decode_first forbids.
     reorders = bool(neutral) and "decode_first=false" not in neutral[0]
     arguments = {
         "asynchronous": asynchronous,

@@ -62,6 +62,7 @@ class StepPlan:
     """
 
     __slots__ = (
+        "_decode_context",
         "can_admit",
         "decode_first",
         "decodes",
@@ -97,12 +98,20 @@ class StepPlan:
         self.max_admissions: int | None = None
         self.decode_first = False
         self.hidden: set[Request] = set()
+        self._decode_context: int | None = None
 
     def visible_decodes(self) -> list[Request]:
         """Return the decodes that are not hidden."""
         if not self.hidden:
             return self.decodes
         return [request for request in self.decodes if request not in self.hidden]
+
+    def decode_context(self) -> int:
+        """Return the sum of all decodes' context lengths, in tokens, as of the first call."""
+        if self._decode_context is None:
+            # A list and once only: this runs over every decode in every step.
+            self._decode_context = sum([request.num_computed_tokens for request in self.decodes])
+        return self._decode_context
 
     def limit_tokens(self, tokens: int) -> None:
         """Lower the step's token budget to at most ``tokens`` rows."""

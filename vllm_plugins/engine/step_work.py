@@ -26,10 +26,9 @@ def work_of(step: Step) -> tuple[StepWork, int]:
     ]
     prefill_rows = sum(ran[request_id] for request_id, _ in chunks)
     prefill_work = sum(chunk_work(ran[request_id], context) for request_id, context in chunks)
-    decodes = plan.decodes
-    if len(ran) - len(chunks) < len(decodes):
-        decodes = [r for r in decodes if r.request_id in ran]
-    # A list, not a generator: this runs over every decode in every step.
-    context = sum([r.num_computed_tokens for r in decodes])
+    if len(ran) - len(chunks) < len(plan.decodes):
+        context = sum([r.num_computed_tokens for r in plan.decodes if r.request_id in ran])
+    else:
+        context = plan.decode_context()
     rows = output.total_num_scheduled_tokens
     return StepWork(rows, len(ran), context, prefill_work), prefill_rows
