@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from vllm_plugins.errors import PluginError
+from vllm_plugins.versions import is_diffusion
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -116,6 +119,15 @@ class SchedulerPlugin(Plugin):
     def configure(self, options: Any, arguments: EngineArguments) -> None:
         """Choose the scheduler host, which finds its policies in the engine's configuration."""
         arguments.set("scheduler_cls", SCHEDULER_HOST)
+
+    def check(self, options: Any, config: VllmConfig) -> None:
+        """Refuse models for which vLLM has a scheduler of their own, which the host displaces."""
+        if is_diffusion(config):
+            raise PluginError(
+                f"--plugin {self.name}",
+                "diffusion models have a scheduler of their own",
+                f"drop --plugin {self.name}",
+            )
 
     def orders_waiting(self, options: Any) -> bool:
         """Whether the policy decides the order of waiting requests; only one can."""

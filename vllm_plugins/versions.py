@@ -86,3 +86,8 @@ def admission_limits(scheduler: Any) -> tuple[str, ...]:
     """
     names = ("max_num_running_reqs", "max_num_active_reqs")
     return tuple(name for name in names if hasattr(scheduler, name))
+
+
+def is_diffusion(config: Any) -> bool:
+    """Whether a model generates by diffusion; releases before 0.32 know no such models."""
+    return bool(getattr(config.model_config, "is_diffusion", False))

@@ -71,7 +71,8 @@ class PendingPrefill:
     def work(self, tokens: int) -> float:
         """Return ``A_pre`` of a step that takes ``tokens`` prefill tokens.
 
-        New prompts count as one: an upper bound, since a split only lowers the quadratic term.
+        New prompts count as one, and as new: an upper bound, since a split only lowers the
+        quadratic term, unless the prefix cache holds their beginning, which is not known yet.
         """
         total = 0.0
         for remaining, context in self.chunks:

@@ -28,6 +28,9 @@ CORRECTION = MetricSpec(
     "gauge",
     "Factor g by which the profiled step time is corrected.",
 )
+MARGIN = MetricSpec(
+    "sarathi_margin", "gauge", "Factor by which steps are planned to stay below their target."
+)
 TBT_MISSES = MetricSpec(
     "sarathi_tbt_slo_misses_total",
     "counter",
@@ -39,7 +42,7 @@ TTFT_MISSES = MetricSpec(
 INFEASIBLE = MetricSpec(
     "sarathi_infeasible_steps_total",
     "counter",
-    "Steps whose least budget was predicted to miss the target.",
+    "Steps whose least budget was predicted to exceed the target less the margin.",
 )
 STALLED = MetricSpec(
     "sarathi_stalled_decodes_total", "counter", "Decodes that could have run in a step and did not."
@@ -61,6 +64,7 @@ ALL = (
     MEASURED,
     ERROR,
     CORRECTION,
+    MARGIN,
     TBT_MISSES,
     TTFT_MISSES,
     INFEASIBLE,

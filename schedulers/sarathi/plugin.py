@@ -12,7 +12,7 @@ from vllm_plugins.errors import PluginError
 from vllm_plugins.plugin import Options, Paper, SchedulerPlugin
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import SchedulerConfig, VllmConfig
 
     from vllm_plugins.engine.cost_model import StepCostModel
     from vllm_plugins.schedulers.sarathi.policy import SarathiPolicy
@@ -24,6 +24,11 @@ PAPER_BUDGET = 512
 def _number(value: object) -> object:
     """Read a number that the command line gives as text; a choice of numbers does not by itself."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _largest_tile(ceiling: int) -> int:
+    """Return the largest tile, up to CUDA's usual 128 rows, that divides the ceiling."""
+    return next(tile for tile in (128, 64, 32, 16, 1) if ceiling % tile == 0)
 
 
 logger = logging.getLogger("vllm.vllm_plugins.sarathi")
@@ -47,7 +52,7 @@ class SarathiOptions(Options):
     budget_mode: Literal["static", "model", "slack"] | None = Field(
         None,
         description="static: one budget; model: the largest step predicted to meet tbt_slo_ms; "
-        "slack: the same against the time left until the first token is due. By default model "
+        "slack: the same against the time left until the next token is due. By default model "
         "with tbt_slo_ms, else static.",
     )
     profile: Path | None = Field(
@@ -64,7 +69,9 @@ class SarathiOptions(Options):
         "seen to exceed their predictions further.",
     )
     tile: Annotated[Literal[1, 16, 32, 64, 128, 256] | None, BeforeValidator(_number)] = Field(
-        None, description="Rows of a matrix tile; budgets are multiples. By default 128, CPU 1."
+        None,
+        description="Rows of a matrix tile; budgets are multiples. By default 1 on CPU, elsewhere "
+        "the largest up to 128 that divides --max-num-batched-tokens.",
     )
     min_budget: int | None = Field(
         None, ge=1, description="Least rows of a step with prefill work. By default 128, CPU 16."
@@ -89,8 +96,10 @@ class SarathiOptions(Options):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.budget_mode in ("model", "slack") and self.profile is None and not self.online_fit:
-            raise ValueError(f"budget_mode={self.budget_mode} needs profile or online_fit=true")
+        if self.mode() != "static" and self.profile is None and not self.online_fit:
+            raise ValueError(f"budget_mode={self.mode()} needs profile or online_fit=true")
+        if self.queue_order() == "least_slack" and not self.decode_first:
+            raise ValueError("order=least_slack needs decode_first=true")
         if self.budget_mode == "static" and self.tbt_slo_ms is not None:
             raise ValueError("budget_mode=static does not use tbt_slo_ms; drop one of the two")
         if self.token_budget is not None and self.mode() != "static":
@@ -109,7 +118,7 @@ class SarathiOptions(Options):
         """Return the options with every default that depends on the engine filled in."""
         cpu = config.device_config.device_type == "cpu"
         ceiling = config.scheduler_config.max_num_batched_tokens
-        tile = self.tile or (1 if cpu else 128)
+        tile = self.tile or (1 if cpu else _largest_tile(ceiling))
         values = {
             "budget_mode": self.mode(),
             "token_budget": self.token_budget or min(PAPER_BUDGET, ceiling),
@@ -146,6 +155,7 @@ class SarathiPlugin(SchedulerPlugin):
 
     def check(self, options: SarathiOptions, config: VllmConfig) -> None:
         """Refuse engines whose steps have no budget, and budgets that the engine cannot hold."""
+        super().check(options, config)
         scheduler, model = config.scheduler_config, config.model_config
         if not scheduler.enable_chunked_prefill:
             raise PluginError(
@@ -156,7 +166,7 @@ class SarathiPlugin(SchedulerPlugin):
             raise PluginError(
                 "--plugin sarathi", f"{kind} model has no decode steps", "drop --plugin sarathi"
             )
-        self._check_sizes(options, scheduler.max_num_batched_tokens)
+        self._check_sizes(options, options.resolved(config).tile or 1, scheduler)
         if options.max_prefills_per_step == 1 and scheduler.long_prefill_token_threshold > 0:
             raise PluginError(
                 "--plugin sarathi: max_prefills_per_step=1",
@@ -167,7 +177,8 @@ class SarathiPlugin(SchedulerPlugin):
             logger.warning("vllm-plugins: sarathi: pp_balance does nothing without pipeline stages")
         self._cost_model(options, config)
 
-    def _check_sizes(self, options: SarathiOptions, ceiling: int) -> None:
+    def _check_sizes(self, options: SarathiOptions, tile: int, scheduler: SchedulerConfig) -> None:
+        ceiling = scheduler.max_num_batched_tokens
         sizes = {
             "token_budget": options.token_budget,
             "min_budget": options.min_budget,
@@ -180,11 +191,17 @@ class SarathiPlugin(SchedulerPlugin):
                     f"is more than --max-num-batched-tokens {ceiling}",
                     "lower the one or raise the other",
                 )
-        if options.tile is not None and ceiling % options.tile:
+        if ceiling % tile:
             raise PluginError(
-                f"--plugin sarathi: tile={options.tile}",
+                f"--plugin sarathi: tile={tile}",
                 f"does not divide --max-num-batched-tokens {ceiling}",
                 "choose another tile or a multiple of it",
+            )
+        if options.token_budget is not None and options.token_budget % tile:
+            raise PluginError(
+                f"--plugin sarathi: token_budget={options.token_budget}",
+                f"is not a multiple of the tile of {tile} rows",
+                "choose a multiple, or set tile=1",
             )
 
     def _cost_model(self, options: SarathiOptions, config: VllmConfig) -> StepCostModel | None:

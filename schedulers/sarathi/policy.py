@@ -9,6 +9,7 @@ meets the TBT target.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
@@ -68,10 +69,10 @@ class SarathiPolicy(SchedulerPolicy):
         plan.decode_first |= options.decode_first
         if options.pp_balance:
             self._balance_decodes(plan)
-        if options.max_prefills_per_step == 1:
-            self._single_prefill(plan)
         if options.order == "least_slack" and plan.waiting:
             self._order_prefills(plan)
+        if options.max_prefills_per_step == 1:
+            self._single_prefill(plan)
         if plan.prefills or plan.num_waiting:
             plan.limit_tokens(self._budget(plan))
 
@@ -107,6 +108,7 @@ class SarathiPolicy(SchedulerPolicy):
         # A step's time is how long one pipeline stage is busy with it; the next token of a request
         # is as many such times away as there are stages.
         margin = max(self._options.margin, self._estimator.spread)
+        self.metric.set(m.MARGIN.name, margin)
         limit = allowed / margin / self.facts.pipeline_stages
         budget = budgets.largest(seconds, limit, decode_rows)
         if budget == budgets.least(decode_rows) and seconds(budget) > limit:
@@ -123,9 +125,10 @@ class SarathiPolicy(SchedulerPolicy):
 
     def _single_prefill(self, plan: StepPlan) -> None:
         """Decode-maximal batches of SARATHI (arXiv 2308.16369): at most one prefill chunk."""
-        for request in plan.prefills[1:]:
+        visible = [request for request in plan.prefills if request not in plan.hidden]
+        for request in visible[1:]:
             plan.hide(request)
-        plan.limit_admissions(0 if plan.prefills else 1)
+        plan.limit_admissions(0 if visible else 1)
 
     def _balance_decodes(self, plan: StepPlan) -> None:
         """Spread decodes evenly over the micro-batches of a pipeline.
@@ -188,7 +191,9 @@ class SarathiPolicy(SchedulerPolicy):
     def _dues(self, requests: Sequence[Request]) -> list[Waiting]:
         dues = []
         for i, request in enumerate(requests):
-            arrived = self._ledger.arrived(request.request_id)
+            # A preempted answer is being read already: it goes first, as in vLLM's own queue.
+            started = request.num_output_tokens > 0
+            arrived = -math.inf if started else self._ledger.arrived(request.request_id)
             ttft = self._ledger.targets(request.request_id).ttft
             deadline = arrived + (ttft if ttft is not None else self._options.max_wait_ms / 1000)
             work = self._prefill_pace * (request.num_tokens - request.num_computed_tokens)

@@ -136,11 +136,11 @@ def _machine(args: argparse.Namespace, folder: Path) -> Machine:
 
 def _cost_model(args: argparse.Namespace) -> StepCostModel:
     from vllm_plugins.engine.cost_model import FEATURES, StepCostModel
-    from vllm_plugins.engine.cost_profile import CostProfile
+    from vllm_plugins.engine.cost_profile import load_profile
 
     if args.profile:
         # The simulated machine is whatever the profile was measured on.
-        return CostProfile.model_validate_json(args.profile.read_text()).cost_model()
+        return load_profile(args.profile, f"--profile {args.profile}").cost_model()
     try:
         numbers = tuple(float(text) for text in args.cost.split(","))
     except ValueError:

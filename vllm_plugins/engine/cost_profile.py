@@ -54,13 +54,15 @@ class CostProfile(BaseModel):
 
 def profile_key(config: VllmConfig) -> ProfileKey:
     """Return the key of an engine's configuration."""
+    # The same release is 0.32.0 or 0.32.0+cpu, depending on who asks its metadata.
+    version = installed_vllm()
     return ProfileKey(
         model=_model_identity(config),
         dtype=str(config.model_config.dtype).removeprefix("torch."),
         tensor_parallel=config.parallel_config.tensor_parallel_size,
         pipeline_parallel=config.parallel_config.pipeline_parallel_size,
         device=_device_name(),
-        vllm=str(installed_vllm()),
+        vllm=version.public if version else "",
     )
 
 
@@ -69,7 +71,10 @@ def _model_identity(config: VllmConfig) -> str:
     hf = config.model_config.hf_text_config
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "intermediate_size", "vocab_size")  # fmt: skip
+    experts = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok",
+               "moe_intermediate_size")  # fmt: skip
     shape = "-".join(str(getattr(hf, size, "")) for size in sizes)
+    shape += "".join(f"-{getattr(hf, size)}" for size in experts if hasattr(hf, size))
     architecture = (config.model_config.hf_config.architectures or [""])[0]
     return f"{architecture}-{shape}-{config.model_config.quantization or 'none'}"
 
@@ -83,6 +88,34 @@ def _device_name() -> str:
     return name
 
 
+MEND = "measure one with `vllm-plugins profile MODEL`"
+
+
+def load_profile(path: Path, where: str) -> CostProfile:
+    """Read a profile, whatever it was measured on.
+
+    Args:
+        path: The file.
+        where: What names the file, for the message.
+
+    Raises:
+        PluginError: The file is missing or malformed.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise PluginError(where, f"is larger than {MAX_BYTES} bytes", MEND)
+        profile = CostProfile.model_validate_json(path.read_text())
+    except OSError as error:
+        raise PluginError(where, f"cannot be read ({error.strerror})", MEND) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise PluginError(where, f"is not a cost profile ({place}: {first['msg']})", MEND) from None
+    if profile.features != FEATURES or len(profile.coefficients) != len(FEATURES):
+        raise PluginError(where, "has features of another version of this package", MEND)
+    return profile
+
+
 def read_profile(path: Path, config: VllmConfig) -> CostProfile:
     """Read a profile and check that it was measured on this engine's configuration.
 
@@ -90,23 +123,11 @@ def read_profile(path: Path, config: VllmConfig) -> CostProfile:
         PluginError: The file is missing, malformed, or for something else.
     """
     where = f"--plugin sarathi: profile={path}"
-    mend = "measure one with `vllm-plugins profile MODEL`"
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise PluginError(where, f"is larger than {MAX_BYTES} bytes", mend)
-        profile = CostProfile.model_validate_json(path.read_text())
-    except OSError as error:
-        raise PluginError(where, f"cannot be read ({error.strerror})", mend) from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise PluginError(where, f"is not a cost profile ({place}: {first['msg']})", mend) from None
-    if profile.features != FEATURES or len(profile.coefficients) != len(FEATURES):
-        raise PluginError(where, "has features of another version of this package", mend)
+    profile = load_profile(path, where)
     found, wanted = profile.key.model_dump(), profile_key(config).model_dump()
     for field, value in wanted.items():
         if found[field] != value:
             raise PluginError(
-                where, f"was measured with {field}={found[field]}, this engine has {value}", mend
+                where, f"was measured with {field}={found[field]}, this engine has {value}", MEND
             )
     return profile
