@@ -4,8 +4,9 @@
 
 Engines without a model (stock, the host with no plug-in, the host with Sarathi-Serve and SPF) take
 the same step in turn, in random order, so that a slow moment of the machine, and caches full of
-the engine before, fall on all of them alike. What is timed is ``schedule()`` plus ``update_from_output()``, on the
-thread's own CPU clock; what is reported is the median over steps of the ratio to stock.
+the engine before, fall on all of them alike. What is timed is ``schedule()`` plus
+``update_from_output()``, on the thread's own CPU clock; what is reported is the median over steps
+of the ratio to stock.
 
 Two loads: ``decode`` (nothing but running decodes) and ``mixed`` (a long prompt is prefilled beside
 them and others wait, which is when Sarathi-Serve searches a budget in every step).

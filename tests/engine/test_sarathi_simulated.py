@@ -8,6 +8,7 @@ import pytest
 from tests.engine.simulation import MACHINE, engine, profile_file, request
 from vllm_plugins.engine.cost_model import StepCostModel
 from vllm_plugins.schedulers.sarathi import metrics as m
+from vllm_plugins.schedulers.sarathi.least_slack import least_slack_order
 
 SLO = 0.05
 
@@ -239,3 +240,19 @@ def test_spf_ageing_serves_everybody_under_overload_and_without_it_the_shortest_
     assert long_finished_after(0) == 600
     # 400 tokens longer at 200 tokens a second: overtaken by what arrives within 2 s, 160 requests.
     assert 100 < long_finished_after(200) < 260
+
+
+def test_preempted_answers_go_before_prompts_that_wait():
+    simulated = engine(f"{with_profile()},ttft_slo_ms=300", max_num_seqs=64,
+                       max_num_batched_tokens=2048)  # fmt: skip
+    simulated.add([request("read", 0.0, 20, 40), request("next", 0.1, 20, 4)])
+    simulated.run(max_steps=20)
+    simulated.add([request("waits", simulated.now, 20, 4)])
+    simulated.run(max_steps=22)
+    read, waits = (simulated.scheduler.requests[name] for name in ("read", "waits"))
+    # By the deadline of its first token the older one is hopelessly late, but that token is out.
+    waits._output_token_ids.clear()
+    dues = policy_of(simulated)._dues([waits, read])
+    now = 0.4
+    assert dues[1].deadline < now < dues[0].deadline
+    assert least_slack_order(dues, now, 60.0) == [1, 0]
