@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,17 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 from tests import models  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _log_level() -> Iterator[None]:
+    """Take back the log level that a command under test sets for its own process, which is ours."""
+    name, before = "VLLM_LOGGING_LEVEL", os.environ.get("VLLM_LOGGING_LEVEL")
+    yield
+    if before is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = before
 
 
 @pytest.fixture(scope="session")
