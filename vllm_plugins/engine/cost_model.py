@@ -211,7 +211,7 @@ class Spread:
 
     LIMIT = 3.0
 
-    def __init__(self, quantile: float = 0.95, rate: float = 0.05) -> None:
+    def __init__(self, quantile: float = 0.99, rate: float = 0.05) -> None:
         self._quantile = quantile
         self._rate = rate
         self.value = 1.0
