@@ -32,7 +32,7 @@ class StepTimeEstimator:
 
     @property
     def spread(self) -> float:
-        """Factor by which all but one in a hundred steps with prefill stay within the prediction."""
+        """Factor within which of the prediction 99 of 100 steps with prefill stay."""
         return self._spread.value if self._spread else 1.0
 
     def predictor(self) -> Callable[[StepWork], float] | None:

@@ -1,5 +1,6 @@
 """Simulated engines for tests: workloads from seeds, and the invariants of a step."""
 
+import itertools
 import random
 import tempfile
 from collections.abc import Callable, Iterable
@@ -188,7 +189,7 @@ def _check_chunks(record: RequestRecord, simulated: VirtualEngine) -> None:
     bounds = [*record.admissions, len(record.chunks)]
     block = simulated.config.cache_config.block_size
     end = 0
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in itertools.pairwise(bounds):
         end, _ = record.chunks[first]
         assert end % block == 0
         for context, tokens in record.chunks[first:last]:
