@@ -27,7 +27,7 @@ ENGINE_DEFAULTS: dict[str, Any] = {
 }
 
 
-def tiny_llama(**shape: int) -> Path:
+def tiny_llama(**shape: Any) -> Path:
     """Return a tiny random Llama of the given shape (see `examples/models/tiny.py`), cached."""
     name = "".join(f"-{key}{value}" for key, value in sorted(shape.items()))
     return make_tiny_llama(CACHE / f"tiny-llama{name}", **shape)
@@ -71,3 +71,8 @@ def make_engine(model: Path | str, **arguments: Any) -> Iterator["LLM"]:
 def scheduler_of(llm: "LLM") -> Any:
     """Return the live scheduler of an engine that `make_engine` made."""
     return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def worker_of(llm: "LLM") -> Any:
+    """Return the live worker of an engine that `make_engine` made."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker

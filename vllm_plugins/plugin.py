@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from vllm_plugins.arguments import EngineArguments
     from vllm_plugins.engine.policy import SchedulerPolicy
+    from vllm_plugins.engine.worker_host import WorkerListener
 
 Family = Literal[
     "scheduler",
@@ -34,6 +35,7 @@ Family = Literal[
 Runner = Literal["V1", "V2"]
 
 SCHEDULER_HOST = "vllm_plugins.engine.scheduler_host.create_scheduler"
+WORKER_HOST = "vllm_plugins.engine.worker_host.PluginWorker"
 
 
 class Options(BaseModel):
@@ -136,3 +138,15 @@ class SchedulerPlugin(Plugin):
     def policy(self, options: Any, config: VllmConfig) -> SchedulerPolicy:
         """Make the policy; runs once in each engine process."""
         raise NotImplementedError(f"{type(self).__name__} declares no policy")
+
+
+class WorkerPlugin(Plugin):
+    """A plug-in with a part in each worker process, through the worker host."""
+
+    def configure(self, options: Any, arguments: EngineArguments) -> None:
+        """Choose the worker host, which finds its listeners in the engine's configuration."""
+        arguments.set("worker_cls", WORKER_HOST)
+
+    def listener(self, options: Any, config: VllmConfig) -> WorkerListener:
+        """Make the plug-in's part in a worker; runs once in each worker process."""
+        raise NotImplementedError(f"{type(self).__name__} declares no listener")

@@ -1,4 +1,4 @@
-"""Make a tiny random-weight Llama folder that vLLM can load and serve over HTTP.
+"""Make a tiny random-weight Llama (or Qwen2, Qwen3) folder that vLLM can load and serve over HTTP.
 
     python examples/models/tiny.py OUT [--layers N] [--hidden N] [--seed N] ...
 
@@ -24,6 +24,11 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 # Only the words of the messages: a chat and a plain prompt of the same words are the same tokens.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
 FORMAT = 1
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +42,11 @@ class Shape:
     vocab: int = 512
     max_positions: int = 4096
     seed: int = 0
+    family: str = "llama"
 
     def __post_init__(self) -> None:
+        if self.family not in ARCHITECTURES:
+            raise ValueError(f"family must be one of {', '.join(ARCHITECTURES)}")
         if self.hidden % self.heads or self.heads % self.kv_heads:
             raise ValueError("hidden must be a multiple of heads, and heads of kv_heads")
 
@@ -53,7 +61,7 @@ class Shape:
         return 2 * self.hidden
 
 
-def make_tiny_llama(out: Path, **shape: int) -> Path:
+def make_tiny_llama(out: Path, **shape: Any) -> Path:
     """Return folder `out` with config, weights and tokenizer; made unless it is there already.
 
     Args:
@@ -73,8 +81,8 @@ def make_tiny_llama(out: Path, **shape: int) -> Path:
 def _write_config(shape: Shape, folder: Path) -> None:
     pad, bos, eos, _ = range(shape.vocab - len(SPECIAL), shape.vocab)
     config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [ARCHITECTURES[shape.family]],
+        "model_type": shape.family,
         "dtype": "float32",
         "vocab_size": shape.vocab,
         "hidden_size": shape.hidden,
@@ -133,7 +141,16 @@ def _weights(shape: Shape) -> dict[str, torch.Tensor]:
             "input_layernorm": torch.ones(hidden),
             "post_attention_layernorm": torch.ones(hidden),
         }
+        if shape.family == "qwen3":
+            norms = {"self_attn.q_norm": shape.head_size, "self_attn.k_norm": shape.head_size}
+            parts |= {name: 1 + draw(width, 1, 0.2).flatten() for name, width in norms.items()}
         weights |= {f"model.layers.{layer}.{name}.weight": t for name, t in parts.items()}
+        if shape.family == "qwen2":
+            widths = {"q": hidden, "k": kv_width, "v": kv_width}
+            weights |= {
+                f"model.layers.{layer}.self_attn.{name}_proj.bias": draw(width, 1, 0.3).flatten()
+                for name, width in widths.items()
+            }
     return weights
 
 
@@ -164,7 +181,7 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     for field in fields(Shape):
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=int, default=field.default)
+        parser.add_argument(flag, type=type(field.default), default=field.default)
     options = vars(parser.parse_args())
     print(make_tiny_llama(options.pop("out"), **options))
     return 0
