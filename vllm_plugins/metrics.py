@@ -10,6 +10,7 @@ servers) the files lie in its own directory and its own ``/metrics`` picks them 
 from __future__ import annotations
 
 import bisect
+import functools
 import os
 import tempfile
 import time
@@ -95,7 +96,6 @@ class Metrics:
     def __init__(self, specs: Iterable[MetricSpec], labels: Mapping[str, str]) -> None:
         self._specs = {spec.name: spec for spec in specs}
         self._labels = dict(labels)
-        self._files: dict[str, MmapedDict] = {}
         self._slots: dict[tuple[str, str], _Slot] = {}
         # Everything exists from the start: a series that appears late hides its first increase.
         for spec in self._specs.values():
@@ -143,14 +143,17 @@ class Metrics:
         return _Slot(self._file(spec.kind), key)
 
     def _file(self, kind: str) -> MmapedDict:
-        from prometheus_client.mmap_dict import MmapedDict
+        stem = "gauge_mostrecent" if kind == "gauge" else kind
+        # The suffix keeps apart from a file that prometheus_client itself may write here.
+        return _open_file(str(metrics_directory() / f"{stem}_{os.getpid()}-plugins.db"))
 
-        if kind not in self._files:
-            stem = "gauge_mostrecent" if kind == "gauge" else kind
-            # The suffix keeps apart from a file that prometheus_client itself may write here.
-            path = metrics_directory() / f"{stem}_{os.getpid()}-plugins.db"
-            self._files[kind] = MmapedDict(str(path))
-        return self._files[kind]
+
+@functools.cache
+def _open_file(path: str) -> MmapedDict:
+    """Open a metric file once in a process: two views of one would overwrite each other's."""
+    from prometheus_client.mmap_dict import MmapedDict
+
+    return MmapedDict(path)
 
 
 class _Slot:

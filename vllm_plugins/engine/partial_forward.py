@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -79,6 +80,13 @@ class Rows:
         return Rows(
             self.positions[chosen], self.block_ids, self.token_ids[chosen], hidden, residual
         )
+
+    def join(self, parts: Sequence[Rows]) -> None:
+        """Take over the hidden states of pieces that together are these rows, in order."""
+        hidden = [part.hidden for part in parts if part.hidden is not None]
+        residual = [part.residual for part in parts if part.residual is not None]
+        if hidden:
+            self.hidden, self.residual = torch.cat(hidden), torch.cat(residual)
 
 
 @dataclass(frozen=True)
@@ -197,6 +205,19 @@ class PartialForward:
         """Return the name under which vLLM knows the attention of a decoder layer."""
         return str(self._stack.layers[layer].self_attn.attn.layer_name)
 
+    def rotary_embedding(self) -> Any:
+        """Return the position embedding module, the same in every layer."""
+        return self._stack.layers[0].self_attn.rotary_emb
+
+    def split(self, rows: Rows) -> Iterator[Rows]:
+        """Yield the rows in pieces of one pass each, in order of position."""
+        for pieces in plan_passes([rows.positions], self._max_runs, self._max_rows):
+            yield rows.take(slice(pieces[0].begin, pieces[0].end))
+
+    def sum_over_ranks(self, *values: torch.Tensor) -> list[torch.Tensor]:
+        """Return sums over the tensor-parallel ranks, which hold different heads."""
+        return [tensor_model_parallel_all_reduce(value) for value in values]
+
     @torch.inference_mode()
     def run(self, parts: Sequence[Rows], layers: range) -> None:
         """Run rows of several requests through consecutive layers, in place.
@@ -216,28 +237,26 @@ class PartialForward:
             self._running = False
 
     def _run(self, parts: Sequence[Rows], layers: range) -> None:
-        outputs: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in parts]
+        done: list[list[Rows]] = [[] for _ in parts]
         positions = [part.positions for part in parts]
         for pieces in plan_passes(positions, self._max_runs, self._max_rows):
             taken = [parts[p.source].take(slice(p.begin, p.end)) for p in pieces]
-            hidden, residual = self._pass(taken, layers)
-            sizes = [len(part.positions) for part in taken]
-            for piece, *states in zip(
-                pieces, hidden.split(sizes), residual.split(sizes), strict=True
-            ):
-                outputs[piece.source].append((states[0], states[1]))
-        for part, states in zip(parts, outputs, strict=True):
-            if states:
-                part.hidden = torch.cat([hidden for hidden, _ in states])
-                part.residual = torch.cat([residual for _, residual in states])
+            self._pass(taken, layers)
+            for piece, rows in zip(pieces, taken, strict=True):
+                done[piece.source].append(rows)
+        for part, rows_of_part in zip(parts, done, strict=True):
+            part.join(rows_of_part)
 
-    def _pass(self, taken: Sequence[Rows], layers: range) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pass(self, taken: Sequence[Rows], layers: range) -> None:
         positions = self._tensor(np.concatenate([part.positions for part in taken]))
         hidden, residual = self._inputs(taken)
         with self._context(taken):
             for index in layers:
                 hidden, residual = self._stack.layers[index](positions, hidden, residual)
-        return hidden, residual
+        sizes = [len(part.positions) for part in taken]
+        states = zip(hidden.split(sizes), residual.split(sizes), strict=True)
+        for part, state in zip(taken, states, strict=True):
+            part.hidden, part.residual = state
 
     def _inputs(self, taken: Sequence[Rows]) -> tuple[torch.Tensor, torch.Tensor | None]:
         if taken[0].hidden is None:

@@ -1,0 +1,1 @@
+"""KV connectors; each folder is one technique."""

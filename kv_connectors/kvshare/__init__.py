@@ -1,0 +1,1 @@
+"""KVShare: reuse of KV across requests, in the middle of prompts."""

@@ -1,0 +1,129 @@
+"""Which reused tokens are computed again: dual-stage high deviation (DHD), stage 1.
+
+That there is a selector with a condition under which it spends nothing is the paper's (KVShare,
+arXiv 2503.16525, abstract); its formulas could not be read, so the concrete rule is **our guess**,
+built on CacheBlend (deviation of V at a check layer, top-k) and EPIC (the first tokens of each
+reused run). Those two rules, random choice and no choice at all are here too, so that they can be
+compared at equal budgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+SelectorName = Literal["dhd", "cacheblend", "epic", "random", "none"]
+
+
+def value_deviation(new: torch.Tensor, old: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how far recomputed values are from stored ones, and how large these are.
+
+    Args:
+        new: Values of the reused tokens as just computed, shape (n, kv heads, head size).
+        old: Stored values of the same tokens.
+
+    Returns:
+        Squared deviation and squared norm over heads and dimensions, float32, shape (n,) each.
+    """
+    old = old.float()
+    return (new.float() - old).square().sum((1, 2)), old.square().sum((1, 2))
+
+
+@dataclass(frozen=True)
+class Reused:
+    """The reused tokens of a request, as a selector sees them.
+
+    Attributes:
+        deviation: d_i of each token, float32, shape (n,).
+        norm: Squared norm of its stored value, of the same shape.
+        links: Whether it is among the first tokens of a run whose left context changed; bool.
+        seed: For a choice that is random and yet the same on every rank.
+    """
+
+    deviation: np.ndarray
+    norm: np.ndarray
+    links: np.ndarray
+    seed: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much may be recomputed of the reused tokens.
+
+    Attributes:
+        least: r_min, share of the reused tokens, in [0, 1].
+        most: r_max, likewise.
+        skip_eps: Relative deviation below which nothing but the links is recomputed.
+        theta: A token deviates highly if d_i exceeds this times the median.
+    """
+
+    least: float
+    most: float
+    skip_eps: float
+    theta: float
+
+    def tokens(self, reused: int) -> tuple[int, int]:
+        """Return the least and the most tokens of ``reused`` ones."""
+        return int(np.ceil(self.least * reused)), int(self.most * reused)
+
+
+def _highest(deviation: np.ndarray, count: int) -> np.ndarray:
+    """Return a mask of the ``count`` highest values; of equal ones the earlier, on every rank."""
+    mask = np.zeros(len(deviation), bool)
+    mask[np.argsort(-deviation, kind="stable")[:count]] = True
+    return mask
+
+
+def dhd(reused: Reused, budget: Budget) -> np.ndarray:
+    """Links, and what deviates highly: theta times the median, within r_min and r_max.
+
+    The condition: where the mean deviation is below ``skip_eps`` of the values' mean norm, the
+    stored KV is as good as new and only r_min is spent. Links count towards r_max, and where they
+    alone are more than that, those that deviate most are kept.
+    """
+    least, most = budget.tokens(len(reused.deviation))
+    deviation = reused.deviation
+    if deviation.mean() < budget.skip_eps * reused.norm.mean():
+        wanted = least
+    else:
+        high = deviation > budget.theta * np.median(deviation)
+        wanted = min(max(int((high | reused.links).sum()), least), most)
+    # Links go first: they deviate in later layers even where the check layer does not show it yet.
+    ranked = np.where(reused.links, deviation + deviation.max(initial=0.0) + 1.0, deviation)
+    return _highest(ranked, wanted)
+
+
+def cacheblend(reused: Reused, budget: Budget) -> np.ndarray:
+    """The r_max of the tokens that deviate most at the check layer (CacheBlend)."""
+    return _highest(reused.deviation, budget.tokens(len(reused.deviation))[1])
+
+
+def epic(reused: Reused, budget: Budget) -> np.ndarray:
+    """The first tokens of each run, whatever they deviate (EPIC); the budget is not looked at."""
+    return reused.links
+
+
+def at_random(reused: Reused, budget: Budget) -> np.ndarray:
+    """As many as CacheBlend's rule, but any."""
+    noise = np.random.default_rng(reused.seed).random(len(reused.deviation))
+    return _highest(noise, budget.tokens(len(noise))[1])
+
+
+def nothing(reused: Reused, budget: Budget) -> np.ndarray:
+    """No reused token."""
+    return np.zeros(len(reused.deviation), bool)
+
+
+SELECTORS: dict[SelectorName, Callable[[Reused, Budget], np.ndarray]] = {
+    "dhd": dhd,
+    "cacheblend": cacheblend,
+    "epic": epic,
+    "random": at_random,
+    "none": nothing,
+}

@@ -1,0 +1,384 @@
+"""Which text is stored: look-up by content and by anchor, and what goes when room is needed.
+
+Everything is kept per tenant domain; no look-up sees another domain's text.
+
+**What is evicted.** A queue for new segments and one for proven ones, after S3-FIFO (Yang et al.
+2023). New segments that nobody reused go first, as long as they hold more than a tenth of the
+domain's tokens, so a flood of one-time text passes through that tenth. A reused segment moves to
+the proven ones, where every hit (up to three) spares it one eviction. Text that comes back after
+its eviction is recognised by its anchors, whatever surrounds it, and is proven at once, so a new
+working set needs two rounds to displace an old one. Segments in use by a plan are in neither queue.
+
+**Whose.** A domain that holds no more than its quota loses nothing to others for as long as it is
+active, so that nobody learns by filling the store that others have done so, or were there before.
+What it holds beyond its quota is borrowed; a domain that stays within its own quota may take it
+back. A domain beyond its quota lives off itself. A domain without a request for ``idle_seconds``
+has no claim; without that, domains that never return would fill the store.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from vllm_plugins.kv_connectors.kvshare.segments import Draft, Segment
+
+NEW_SHARE = 0.1
+"""Part of a domain's tokens that segments which nobody reused yet are left with."""
+
+MAX_CHANCES = 3
+"""Most evictions that a segment is spared because of its hits."""
+
+LEAST_GHOSTS = 64
+"""Anchors of evicted text that a domain remembers at least."""
+
+
+class _DomainTable:
+    """Segments of one domain: how they are found, and in what order they go."""
+
+    def __init__(self, anchor_places: int) -> None:
+        self.used = 0
+        self.evictable = 0
+        self.seen = 0.0
+        self.contents: dict[bytes, list[Segment]] = {}
+        self.anchors: dict[int, list[tuple[Segment, int]]] = {}
+        self._places = anchor_places
+        self._new: OrderedDict[int, Segment] = OrderedDict()
+        self._new_tokens = 0
+        self._proven: OrderedDict[int, Segment] = OrderedDict()
+        self._ghosts: OrderedDict[int, None] = OrderedDict()
+
+    def add(self, segment: Segment) -> None:
+        self.used += len(segment)
+        self.contents.setdefault(segment.content, []).append(segment)
+        hashes: list[int] = segment.anchors.hashes.tolist()
+        known = sum(anchor in self._ghosts for anchor in hashes)
+        segment.proven = 2 * known >= len(hashes) > 0
+        for anchor, offset in zip(hashes, segment.anchors.offsets.tolist(), strict=True):
+            places = self.anchors.setdefault(anchor, [])
+            places.append((segment, offset))
+            del places[: -self._places]
+        self.enqueue(segment)
+
+    def hide(self, segment: Segment) -> None:
+        """Let a segment be found no more."""
+        same = self.contents[segment.content]
+        same.remove(segment)
+        if not same:
+            del self.contents[segment.content]
+        for anchor in set(segment.anchors.hashes.tolist()):
+            places = [place for place in self.anchors.get(anchor, ()) if place[0] is not segment]
+            if places:
+                self.anchors[anchor] = places
+            else:
+                self.anchors.pop(anchor, None)
+
+    def enqueue(self, segment: Segment) -> None:
+        """Let a segment that nobody uses be evicted, after all others of its kind."""
+        self.evictable += len(segment)
+        if segment.proven:
+            self._proven[segment.key] = segment
+        else:
+            self._new[segment.key] = segment
+            self._new_tokens += len(segment)
+
+    def dequeue(self, segment: Segment) -> None:
+        """Keep a segment from being evicted."""
+        self.evictable -= len(segment)
+        if segment.proven:
+            del self._proven[segment.key]
+        else:
+            del self._new[segment.key]
+            self._new_tokens -= len(segment)
+
+    def next_victim(self) -> Segment | None:
+        """Return the queued segment that should go next; hits spare those before it."""
+        while self._new or self._proven:
+            crowded = self._new_tokens > NEW_SHARE * self.used
+            queue = self._new if self._new and (crowded or not self._proven) else self._proven
+            segment = next(iter(queue.values()))
+            if not segment.chances:
+                return segment
+            self._spare(segment)
+        return None
+
+    def _spare(self, segment: Segment) -> None:
+        self.dequeue(segment)
+        # Proof takes up all chances of a new segment, as its hits were a burst for all we know.
+        segment.chances = segment.chances - 1 if segment.proven else 0
+        segment.proven = True
+        self.enqueue(segment)
+
+    def remember(self, segment: Segment) -> None:
+        """Remember the anchors of an evicted segment, for as many others as the domain holds."""
+        for anchor in segment.anchors.hashes.tolist():
+            self._ghosts[anchor] = None
+            self._ghosts.move_to_end(anchor)
+        while len(self._ghosts) > max(LEAST_GHOSTS, len(self.anchors)):
+            self._ghosts.popitem(last=False)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What became of drafts.
+
+    Args:
+        segments: One for each draft; None where there was no room for it.
+        evicted: Keys of the segments that went to make room.
+    """
+
+    segments: list[Segment | None]
+    evicted: list[int]
+
+
+class SegmentIndex:
+    """The stored segments of all domains.
+
+    Args:
+        capacity: Tokens that the store holds.
+        quota: Tokens that an active domain never loses to others; an eighth of the capacity if
+            None.
+        anchor_places: Places remembered per anchor, the newest ones.
+        idle_seconds: Time without a request after which a domain's quota lapses.
+        clock: Time in seconds.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        quota: int | None = None,
+        anchor_places: int = 4,
+        idle_seconds: float = 600.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.capacity = capacity
+        self.quota = capacity // 8 if quota is None else quota
+        self.used = 0
+        self.version = 0
+        self._anchor_places = anchor_places
+        self._idle_seconds = idle_seconds
+        self._clock = clock
+        self._ticks = 0
+        self._next_key = 0
+        self._segments: dict[int, Segment] = {}
+        # By last use, the longest idle first.
+        self._domains: OrderedDict[bytes, _DomainTable] = OrderedDict()
+        self._borrowers: set[bytes] = set()
+        self._doomed: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._segments)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._segments)
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._segments
+
+    def get(self, key: int) -> Segment | None:
+        """Return a stored segment."""
+        return self._segments.get(key)
+
+    def domain_used(self, domain: bytes) -> int:
+        """Return the tokens that a domain holds."""
+        table = self._domains.get(domain)
+        return table.used if table else 0
+
+    def by_content(self, domain: bytes, content: bytes) -> Sequence[Segment]:
+        """Return a domain's segments whose whole text has a digest, oldest first."""
+        table = self._domains.get(domain)
+        return table.contents.get(content, ()) if table else ()
+
+    def by_anchors(
+        self, domain: bytes, anchors: Sequence[int]
+    ) -> Iterator[Sequence[tuple[Segment, int]]]:
+        """Yield for each anchor hash where it stands: ``(segment, offset)``, oldest first."""
+        table = self._domains.get(domain)
+        places = table.anchors if table else {}
+        return (places.get(anchor, ()) for anchor in anchors)
+
+    def store(self, domain: bytes, drafts: Sequence[Draft]) -> Stored:
+        """Add drafts in order, each with the room that can be made for it."""
+        stored = Stored([], [])
+        previous: Segment | None = None
+        for draft in drafts:
+            stored.evicted.extend(self.make_room(domain, len(draft.tokens)))
+            previous = self.add(domain, draft, previous if draft.continues else None)
+            stored.segments.append(previous)
+            if previous:
+                # So that no draft makes room for itself at its neighbours' expense.
+                self._hold(previous)
+        for segment in stored.segments:
+            if segment:
+                self._release(segment)
+        return stored
+
+    def add(self, domain: bytes, draft: Draft, previous: Segment | None = None) -> Segment | None:
+        """Add a draft.
+
+        Args:
+            domain: Digest of its domain.
+            draft: What to add.
+            previous: The segment made of the draft that this one continues, if still stored.
+
+        Returns:
+            None where there is no room; see `make_room`.
+        """
+        if self.used + len(draft.tokens) > self.capacity:
+            return None
+        key = self._next_key
+        self._next_key += 1
+        segment = Segment(
+            key=key,
+            domain=domain,
+            tokens=draft.tokens,
+            position=draft.position,
+            context=draft.context,
+            generation=draft.generation,
+            content=draft.content,
+            anchors=draft.anchors,
+            source=previous.source if previous else key,
+            previous=previous,
+            last_used=self._ticks,
+        )
+        if previous:
+            previous.following = segment
+        self._segments[key] = segment
+        self.used += len(segment)
+        self.version += 1
+        self._table(domain).add(segment)
+        self._note_quota(domain)
+        return segment
+
+    def pin(self, segments: Iterable[Segment]) -> None:
+        """Keep the segments of a plan from being evicted, and count that they were hit."""
+        self._ticks += 1
+        for segment in segments:
+            if segment.key not in self._segments:
+                raise ValueError(f"segment {segment.key} is not stored any more: plan again")
+            self._table(segment.domain)
+            self._hold(segment)
+            segment.hits += 1
+            segment.chances = min(segment.chances + 1, MAX_CHANCES)
+            segment.last_used = self._ticks
+
+    def unpin(self, segments: Iterable[Segment]) -> list[int]:
+        """Let go of a plan's segments; return the keys of those that had to go meanwhile."""
+        return [segment.key for segment in segments if self._release(segment)]
+
+    def remove(self, key: int) -> bool:
+        """Forget a segment, such as one whose KV was lost.
+
+        Returns:
+            False where plans in flight still use it: it is found no more, and gone once they let
+            go.
+        """
+        segment = self._segments[key]
+        if segment.references:
+            if key not in self._doomed:
+                self._doomed.add(key)
+                self._hide(segment)
+            return False
+        self._drop(segment)
+        return True
+
+    def make_room(self, domain: bytes, tokens: int) -> list[int]:
+        """Evict until ``tokens`` more fit for a domain; nothing where that is out of reach.
+
+        Returns:
+            The keys of what was evicted.
+        """
+        evicted: list[int] = []
+        for table, floor in self._givers(domain, tokens):
+            while self.used + tokens > self.capacity:
+                segment = table.next_victim()
+                if segment is None or table.used - len(segment) < floor:
+                    break
+                table.remember(segment)
+                self._drop(segment)
+                evicted.append(segment.key)
+        return evicted
+
+    def _givers(self, domain: bytes, tokens: int) -> list[tuple[_DomainTable, int]]:
+        """Return the domains that together give room, in order, and how much each keeps."""
+        missing = self.used + tokens - self.capacity
+        givers: list[tuple[_DomainTable, int]] = []
+        if missing <= 0:
+            return givers
+        for table, floor in self._possible_givers(domain, tokens):
+            givers.append((table, floor))
+            missing -= min(table.evictable, table.used - floor)
+            if missing <= 0:
+                return givers
+        return []
+
+    def _possible_givers(self, domain: bytes, tokens: int) -> Iterator[tuple[_DomainTable, int]]:
+        asking = self._domains.get(domain)
+        lapsed = self._clock() - self._idle_seconds
+        for table in takewhile(lambda table: table.seen < lapsed, self._domains.values()):
+            if table is not asking:
+                yield table, 0
+        if self.domain_used(domain) + tokens <= self.quota:
+            others = [self._domains[name] for name in self._borrowers if name != domain]
+            # A set's order differs between processes; this one does not.
+            others.sort(key=lambda table: (-table.used, table.seen))
+            yield from ((table, self.quota) for table in others)
+        if asking:
+            yield asking, 0
+
+    def _table(self, domain: bytes) -> _DomainTable:
+        """Return the table of a domain that has a request now."""
+        table = self._domains.get(domain)
+        if table is None:
+            table = self._domains[domain] = _DomainTable(self._anchor_places)
+        table.seen = self._clock()
+        self._domains.move_to_end(domain)
+        return table
+
+    def _hold(self, segment: Segment) -> None:
+        if not segment.references:
+            self._domains[segment.domain].dequeue(segment)
+        segment.references += 1
+
+    def _release(self, segment: Segment) -> bool:
+        """Drop a reference; whether the segment is gone with it."""
+        segment.references -= 1
+        if segment.references:
+            return False
+        self._domains[segment.domain].enqueue(segment)
+        if segment.key not in self._doomed:
+            return False
+        self._drop(segment)
+        return True
+
+    def _hide(self, segment: Segment) -> None:
+        self._domains[segment.domain].hide(segment)
+        if segment.previous:
+            segment.previous.following = None
+        if segment.following:
+            segment.following.previous = None
+        segment.previous = segment.following = None
+
+    def _drop(self, segment: Segment) -> None:
+        if segment.key in self._doomed:
+            self._doomed.remove(segment.key)
+        else:
+            self._hide(segment)
+        table = self._domains[segment.domain]
+        table.dequeue(segment)
+        table.used -= len(segment)
+        self.used -= len(segment)
+        del self._segments[segment.key]
+        self._note_quota(segment.domain)
+        if not table.used:
+            del self._domains[segment.domain]
+
+    def _note_quota(self, domain: bytes) -> None:
+        if self.domain_used(domain) > self.quota:
+            self._borrowers.add(domain)
+        else:
+            self._borrowers.discard(domain)

@@ -1,0 +1,40 @@
+"""Metrics of KVShare."""
+
+from vllm_plugins.metrics import MetricSpec
+
+REQUESTS = MetricSpec(
+    "kvshare_requests_total",
+    "counter",
+    "Requests that reused stored KV, by kind: exact or blend.",
+    (),
+    "kind",
+)
+REUSED = MetricSpec(
+    "kvshare_reused_tokens_total",
+    "counter",
+    "Prompt tokens that took stored KV, by kind: exact or approximate.",
+    (),
+    "kind",
+)
+GAPS = MetricSpec(
+    "kvshare_gap_tokens_total",
+    "counter",
+    "Prompt tokens between reused ones that were computed with them.",
+)
+RECOMPUTED = MetricSpec(
+    "kvshare_recomputed_tokens_total",
+    "counter",
+    "Reused tokens that were computed again because they deviated.",
+)
+LOST = MetricSpec(
+    "kvshare_lost_segments_total",
+    "counter",
+    "Stored segments whose KV was missing or damaged; the request was computed in full.",
+)
+EVICTED = MetricSpec(
+    "kvshare_evicted_segments_total", "counter", "Stored segments that made room for others."
+)
+STORED = MetricSpec("kvshare_stored_tokens", "gauge", "Tokens whose KV is stored.")
+SEGMENTS = MetricSpec("kvshare_stored_segments", "gauge", "Segments that are stored.")
+
+ALL = (REQUESTS, REUSED, GAPS, RECOMPUTED, LOST, EVICTED, STORED, SEGMENTS)

@@ -1,0 +1,198 @@
+"""Declaration of the KVShare plug-in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from vllm_plugins.errors import PluginError
+from vllm_plugins.kv_connectors.kvshare.deviation import SelectorName
+from vllm_plugins.plugin import Options, Paper, Requirements, WorkerPlugin
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_plugins.arguments import EngineArguments
+    from vllm_plugins.kv_connectors.kvshare.worker_side import KVShareListener
+
+CONNECTOR = "KVShareConnector"
+CONNECTOR_MODULE = "vllm_plugins.kv_connectors.kvshare.connector"
+# Methods of speculative decoding whose drafter reads nothing but token ids.
+TOKEN_DRAFTERS = frozenset({"ngram", "suffix"})
+
+
+class KVShareOptions(Options):
+    """Options of KVShare."""
+
+    mode: Literal["blend", "exact_only"] = Field(
+        "blend",
+        description="blend reuses any equal text and recomputes part of it; exact_only reuses only "
+        "KV whose whole left context is identical, as a second tier of the prefix cache.",
+    )
+    selector: SelectorName = Field(
+        "dhd",
+        description="Rule that chooses the reused tokens to recompute: dhd is KVShare's, "
+        "cacheblend and epic are those methods', random and none are for comparison.",
+    )
+    min_run: int = Field(32, ge=16, le=4096, description="Shortest text that is reused, in tokens.")
+    min_reuse: int = Field(
+        64, ge=1, description="Least tokens that a request must reuse, or it is left alone."
+    )
+    chunk_min: int = Field(64, ge=16, description="Shortest stored segment, in tokens.")
+    chunk_max: int = Field(512, ge=16, description="Longest stored segment, in tokens.")
+    check_layer: int = Field(
+        1,
+        ge=0,
+        description="Last layer that is computed for every token; deviation is measured there.",
+    )
+    recompute_min: float = Field(
+        0.05, ge=0, le=1, description="Least share of the reused tokens that is recomputed."
+    )
+    recompute_max: float = Field(
+        0.15, ge=0, le=1, description="Largest share of the reused tokens that is recomputed."
+    )
+    link_tokens: int = Field(
+        16, ge=0, le=256, description="Tokens at the start of a reused text that go first."
+    )
+    skip_eps: float = Field(
+        1e-3,
+        gt=0,
+        description="Mean deviation, relative to the values' norm, below which only recompute_min "
+        "is spent.",
+    )
+    theta: float = Field(
+        2.0, gt=0, description="A token deviates highly from this many medians of deviation on."
+    )
+    fix_tokens_per_step: int = Field(
+        2048,
+        ge=1,
+        description="Tokens through all layers that blending may cost between two steps, so that "
+        "other requests' decodes go on.",
+    )
+    host_gib: float = Field(
+        4.0, gt=0, description="Host memory for stored KV in each worker, in GiB."
+    )
+    max_generation: int = Field(
+        1,
+        ge=0,
+        description="KV that was computed beside reused KV is stored and reused itself up to this "
+        "depth; 0 stores only what a full prefill computed.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> KVShareOptions:
+        for low, high in (("chunk_min", "chunk_max"), ("recompute_min", "recompute_max")):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(f"{low}={getattr(self, low)} exceeds {high}={getattr(self, high)}")
+        if self.min_run > self.chunk_max:
+            raise ValueError(f"min_run={self.min_run} exceeds chunk_max={self.chunk_max}")
+        if self.link_tokens > self.min_run:
+            raise ValueError(f"link_tokens={self.link_tokens} exceeds min_run={self.min_run}")
+        blend_only = {"selector", "recompute_min", "recompute_max", "link_tokens", "theta"}
+        given = sorted(blend_only & self.model_fields_set)
+        if self.mode == "exact_only" and self._differs(given):
+            raise ValueError(f"mode=exact_only recomputes nothing, so {given[0]} has no meaning")
+        return self
+
+    def _differs(self, names: list[str]) -> bool:
+        # Options travel with all their values, so a default that is spelt out is no contradiction.
+        fields = type(self).model_fields
+        return any(getattr(self, name) != fields[name].default for name in names)
+
+
+class KVSharePlugin(WorkerPlugin):
+    """Reuse of KV across requests, in the middle of prompts."""
+
+    name = "kvshare"
+    family = "kv connector"
+    summary = "Reuses KV of equal text anywhere in a prompt, and recomputes what deviates most."
+    papers = (
+        Paper(
+            "KVShare: An LLM Service System with Efficient and Effective Multi-Tenant KV Cache "
+            "Reuse",
+            "2503.16525",
+        ),
+    )
+    exactness = (
+        "approximate by recompute_max; exact with recompute_min=1,recompute_max=1 or "
+        "mode=exact_only"
+    )
+    requires = Requirements(
+        vllm=">=0.32", platforms=frozenset({"cpu", "cuda"}), runners=frozenset({"V1", "V2"})
+    )
+    Options: ClassVar[type[Options]] = KVShareOptions
+
+    def configure(self, options: KVShareOptions, arguments: EngineArguments) -> None:
+        """Choose the worker host and the connector."""
+        from vllm.config import KVTransferConfig
+
+        super().configure(options, arguments)
+        if arguments.is_set("kv_transfer_config"):
+            raise PluginError(
+                "--plugin kvshare",
+                "is a KV connector, and --kv-transfer-config names another",
+                "drop one of the two",
+            )
+        arguments.set(
+            "kv_transfer_config",
+            KVTransferConfig(
+                kv_connector=CONNECTOR,
+                kv_connector_module_path=CONNECTOR_MODULE,
+                kv_role="kv_both",
+                kv_load_failure_policy="recompute",
+            ),
+        )
+
+    def check(self, options: KVShareOptions, config: VllmConfig) -> None:
+        """Refuse models and settings under which KV cannot be moved or recomputed."""
+        from vllm_plugins.engine.partial_forward import check_architecture
+
+        check_architecture("--plugin kvshare", config.model_config.architectures)
+        layers = config.model_config.get_total_num_hidden_layers()
+        if options.check_layer > layers - 2:
+            raise PluginError(
+                f"--plugin kvshare: check_layer={options.check_layer}",
+                f"leaves no layer to save work in; the model has {layers}",
+                f"choose at most {layers - 2}",
+            )
+        for flag, reason, mend in _unsupported(config):
+            raise PluginError(f"--plugin kvshare with {flag}", reason, mend)
+
+    def listener(self, options: KVShareOptions, config: VllmConfig) -> KVShareListener:
+        """Make the part of one worker."""
+        from vllm_plugins.kv_connectors.kvshare.worker_side import KVShareListener
+
+        return KVShareListener()
+
+
+def _unsupported(config: VllmConfig) -> list[tuple[str, str, str]]:
+    """Return what the engine's configuration has that KVShare cannot serve."""
+    parallel, drafter = config.parallel_config, config.speculative_config
+    found: list[tuple[Any, tuple[str, str, str]]] = [
+        (
+            parallel.pipeline_parallel_size > 1,
+            (
+                "--pipeline-parallel-size",
+                "stages would need each other's hidden states to recompute a token",
+                "use tensor parallelism",
+            ),
+        ),
+        (
+            parallel.decode_context_parallel_size > 1,
+            ("--decode-context-parallel-size", "a token's KV would be split", "drop it"),
+        ),
+        (
+            config.lora_config is not None,
+            ("--enable-lora", "recomputed tokens would miss the adapter", "drop one of the two"),
+        ),
+        (
+            drafter is not None and drafter.method not in TOKEN_DRAFTERS,
+            (
+                "--speculative-config",
+                "the drafter needs hidden states of the tokens that are not computed",
+                "use method 'ngram' or 'suffix'",
+            ),
+        ),
+    ]
+    return [problem for applies, problem in found if applies]

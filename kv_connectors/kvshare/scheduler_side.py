@@ -1,0 +1,345 @@
+"""KVShare beside the scheduler: plans reuse, keeps the index, tells the workers.
+
+It promises the scheduler a span of the prompt as if a remote cache held it; the request waits while
+the workers make that true (``blend.py``) and is then scheduled from the end of the span on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vllm_plugins.kv_connectors.kvshare import metrics as m
+from vllm_plugins.kv_connectors.kvshare.chunking import ChunkSizes
+from vllm_plugins.kv_connectors.kvshare.index import SegmentIndex
+from vllm_plugins.kv_connectors.kvshare.planner import Plan, Planner
+from vllm_plugins.kv_connectors.kvshare.segments import Run, Segment, Tokens, as_tokens
+from vllm_plugins.kv_connectors.kvshare.transfer import Orders, Results, Reuse, Save, Source
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+    from vllm_plugins.kv_connectors.kvshare.plugin import KVShareOptions
+    from vllm_plugins.metrics import Metrics
+
+# Blending must promise to save this share of a span's work, or the request is left alone.
+LEAST_SAVING = 0.1
+
+
+@dataclass
+class RequestState:
+    """What is known of a request from its first look-up to its end.
+
+    Attributes:
+        request: vLLM's own object.
+        tokens: Its prompt, int32, shape (n,).
+        domain: Digest of the tenant domain.
+        planned: The last plan, whether or not it was carried out.
+        used: The plan by which its KV was made; None where nothing was reused.
+        pinned: Segments that are kept until the workers have read them.
+        loading: Whether the workers are at it.
+        stored: Whether its prompt has been stored.
+        declined: Whether it is to be computed in full, after a load that failed.
+    """
+
+    request: Request
+    tokens: Tokens
+    domain: bytes
+    planned: Plan | None = None
+    used: Plan | None = None
+    pinned: list[Segment] = field(default_factory=list)
+    loading: bool = False
+    stored: bool = False
+    declined: bool = False
+
+
+class SchedulerSide:
+    """What the connector does in the scheduler's process.
+
+    Args:
+        options: The plug-in's options.
+        block_size: Tokens of a KV block.
+        layers: Decoder layers of the model.
+        capacity: Tokens that the workers' host memory holds.
+        metrics: Where to count.
+    """
+
+    def __init__(
+        self, options: KVShareOptions, block_size: int, layers: int, capacity: int, metrics: Metrics
+    ) -> None:
+        self._options = options
+        self._block = block_size
+        # Share of a token's work that is spent on it even when it is reused.
+        self._always = (options.check_layer + 1) / layers
+        self.index = SegmentIndex(capacity)
+        sizes = ChunkSizes(options.chunk_min, options.chunk_max)
+        self._planner = Planner(self.index, options.min_run, options.max_generation, sizes)
+        self._metrics = metrics
+        # Domains are known by a keyed digest: nobody can guess another tenant's from its salt.
+        self._secret = os.urandom(32)
+        self._states: dict[str, RequestState] = {}
+        self._orders = Orders()
+        self._blocks: KVCacheManager | None = None
+
+    def bind(self, manager: KVCacheManager) -> None:
+        """Take vLLM's KV cache manager, which knows the requests' blocks."""
+        self._blocks = manager
+
+    def promise(self, request: Request, computed: int) -> int:
+        """Return how many tokens beyond ``computed`` reuse can provide.
+
+        Args:
+            request: A request that is about to be admitted.
+            computed: Tokens that the prefix cache holds for it, a multiple of the block size.
+        """
+        state = self._state(request)
+        if state is None or state.declined or not _wants(request, "reuse"):
+            return 0
+        plan = self._plan(state, computed)
+        return 0 if plan is None else plan.end - computed
+
+    def _state(self, request: Request) -> RequestState | None:
+        """Return a request's state; None where its text does not say what its KV is."""
+        state = self._states.get(request.request_id)
+        if state is None:
+            mixed = request.mm_features or request.prompt_embeds is not None
+            if request.prompt_token_ids is None or mixed:
+                return None
+            tokens = as_tokens(request.prompt_token_ids)
+            state = RequestState(request, tokens, self._domain(request))
+            self._states[request.request_id] = state
+        return state
+
+    def _domain(self, request: Request) -> bytes:
+        salt = request.cache_salt
+        text = b"shared" if salt is None else b"salt:" + salt.encode()
+        return hmac.new(self._secret, text, hashlib.sha256).digest()
+
+    def _plan(self, state: RequestState, computed: int) -> Plan | None:
+        """Plan from the end of the prefix hit on; None where reuse does not pay."""
+        known = state.planned
+        if known is None or known.start != computed or known.version != self.index.version:
+            # The last token is always computed by vLLM, which samples from it.
+            last = min(len(state.tokens), state.request.num_tokens - 1)
+            end = last // self._block * self._block
+            if end - computed < self._options.min_reuse:
+                return None
+            known = self._planner.plan(state.domain, state.tokens, computed, end)
+            state.planned = self._shortened(known)
+        return self._worth_it(state.planned)
+
+    def _shortened(self, plan: Plan) -> Plan:
+        """Cut a plan so that its span ends on a block's edge and not far beyond the last run."""
+        runs: Iterable[Run] = plan.runs
+        if self._options.mode == "exact_only":
+            reach = plan.exact_prefix_end
+            end = reach // self._block * self._block
+            runs = [run for run in plan.runs if run.exact]
+        else:
+            reach = plan.runs[-1].end if plan.runs else plan.start
+            end = min(-(-reach // self._block) * self._block, plan.end)
+        kept = tuple(_cut(run, end) for run in runs if run.start < end)
+        return Plan(plan.start, max(end, plan.start), kept, plan.version)
+
+    def _worth_it(self, plan: Plan | None) -> Plan | None:
+        if plan is None or plan.reused < self._options.min_reuse:
+            return None
+        if self._is_exact(plan):
+            return plan
+        recomputed = self._options.recompute_max * plan.reused
+        gaps = plan.end - plan.start - plan.reused
+        span = plan.end - plan.start
+        work = self._always * span + (1 - self._always) * (gaps + recomputed)
+        # At its neutral setting the plug-in recomputes everything, which pays nobody: it is for
+        # measuring, and whoever sets it wants it done.
+        neutral = self._options.recompute_min == 1.0
+        return plan if neutral or work <= (1 - LEAST_SAVING) * span else None
+
+    def _is_exact(self, plan: Plan) -> bool:
+        return plan.exact_prefix_end >= plan.end
+
+    def admitted(self, request: Request, promised: int) -> None:
+        """Order what was promised, now that the request has its blocks.
+
+        Args:
+            request: The request.
+            promised: Tokens that `promise` returned; 0 where nothing is to be loaded.
+        """
+        state = self._states.get(request.request_id)
+        if state is None or not promised:
+            return
+        plan = state.planned
+        assert plan is not None and plan.end - plan.start == promised
+        self.index.pin(plan.segments)
+        state.pinned, state.used, state.loading = plan.segments, plan, True
+        exact = self._is_exact(plan)
+        if not exact:
+            self._taint(request, min(plan.exact_prefix_end, plan.end))
+        self._orders.reuses.append(
+            Reuse(
+                request.request_id,
+                state.tokens[: plan.end],
+                plan.start,
+                _sources(plan.runs),
+                self._block_ids(request.request_id),
+                exact,
+            )
+        )
+        self._count(plan, exact)
+
+    def _count(self, plan: Plan, exact: bool) -> None:
+        exact_tokens = sum(run.length for run in plan.runs if run.exact)
+        self._metrics.inc(m.REQUESTS.name, 1, "exact" if exact else "blend")
+        self._metrics.inc(m.REUSED.name, exact_tokens, "exact")
+        self._metrics.inc(m.REUSED.name, plan.reused - exact_tokens, "approximate")
+        self._metrics.inc(m.GAPS.name, plan.end - plan.start - plan.reused)
+
+    def _taint(self, request: Request, position: int) -> None:
+        """Keep approximate blocks out of the exact prefix cache.
+
+        From the first block that is not exact on, the chain of block hashes goes on from a random
+        value, so nobody but this request, after a preemption, can find its blocks. The exact head
+        of the prompt stays shared.
+        """
+        assert self._blocks is not None
+        block = self._blocks.block_pool.hash_block_size
+        whole = position // block
+        if whole < len(request.block_hashes):
+            del request.block_hashes[whole:]
+            request.block_hashes.append(type(self).block_hash(os.urandom(32)))
+            request.update_block_hashes()
+
+    @staticmethod
+    def block_hash(value: bytes) -> Any:
+        """Return a value of vLLM's type for block hashes."""
+        from vllm.v1.core.kv_cache_utils import BlockHash
+
+        return BlockHash(value)
+
+    def _block_ids(self, request_id: str) -> np.ndarray:
+        assert self._blocks is not None
+        return np.array(self._blocks.get_block_ids(request_id)[0], dtype=np.int32)
+
+    def orders(self, output: SchedulerOutput) -> Orders:
+        """Return what the workers have to do in this step."""
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            state = self._states.get(request_id)
+            if state is not None and not state.stored:
+                self._store_if_complete(state, scheduled)
+        orders, self._orders = self._orders, Orders()
+        self._metrics.set(m.STORED.name, self.index.used)
+        self._metrics.set(m.SEGMENTS.name, len(self.index))
+        self._metrics.inc(m.EVICTED.name, len(orders.evicted))
+        return orders
+
+    def _store_if_complete(self, state: RequestState, scheduled: int) -> None:
+        """Store the prompt in the step that completes it."""
+        request = state.request
+        # vLLM counts this step's tokens only after it has asked for the orders.
+        if request.num_computed_tokens + scheduled < len(state.tokens):
+            return
+        state.stored = True
+        if not _wants(request, "store") or (request.num_preemptions and state.used):
+            # After a preemption the prefix cache may have given back approximate blocks.
+            return
+        drafts = self._planner.new_segments(
+            state.domain, state.tokens, state.used, 0, len(state.tokens)
+        )
+        stored = self.index.store(state.domain, drafts)
+        self._orders.evicted += stored.evicted
+        blocks = self._block_ids(request.request_id)
+        self._orders.saves += [
+            Save(segment.key, segment.position, len(segment), blocks)
+            for segment in stored.segments
+            if segment is not None
+        ]
+
+    def heard(self, output: KVConnectorOutput) -> None:
+        """Take the workers' report."""
+        for request_id in output.finished_recving or ():
+            self._release(request_id)
+        results = output.kv_connector_worker_meta
+        if isinstance(results, Results):
+            self._lose(results.lost)
+            self._metrics.inc(m.RECOMPUTED.name, sum(results.recomputed.values()))
+
+    def _release(self, request_id: str) -> None:
+        state = self._states.get(request_id)
+        if state is None:
+            return
+        self._orders.evicted += self.index.unpin(state.pinned)
+        state.pinned, state.loading = [], False
+        if state.request.is_finished():
+            del self._states[request_id]
+
+    def _lose(self, keys: set[int]) -> None:
+        """Forget segments whose KV is gone; who waited for them is computed in full."""
+        for key in keys:
+            self._metrics.inc(m.LOST.name)
+            for state in self._states.values():
+                if state.used and any(segment.key == key for segment in state.used.segments):
+                    state.declined, state.used = True, None
+            if key in self.index and self.index.remove(key):
+                self._orders.evicted.append(key)
+
+    def ended(self, request: Request) -> None:
+        """Drop a request that finished or was aborted."""
+        state = self._states.get(request.request_id)
+        if state is None:
+            return
+        if state.loading:
+            # The workers still write to its blocks; they say when they no longer do.
+            self._orders.cancelled.append(request.request_id)
+        else:
+            del self._states[request.request_id]
+
+    def reset(self) -> bool:
+        """Forget everything that is stored, as when the weights change.
+
+        Returns:
+            Whether nothing was in use, so that all is gone.
+        """
+        gone = [key for key in list(self.index) if self.index.remove(key)]
+        self._orders.evicted += gone
+        return not len(self.index)
+
+
+def _wants(request: Request, what: str) -> bool:
+    """Whether a request's ``kv_transfer_params`` leave reuse, or storing, allowed."""
+    params = (request.kv_transfer_params or {}).get("kvshare")
+    return not isinstance(params, dict) or params.get(what, True) is not False
+
+
+def _cut(run: Run, end: int) -> Run:
+    if run.end <= end:
+        return run
+    return Run(run.start, run.segment, run.offset, end - run.start, run.exact)
+
+
+def _sources(runs: Iterable[Run]) -> tuple[Source, ...]:
+    """Return the runs as the workers see them, with the seams between them."""
+    sources: list[Source] = []
+    before: Run | None = None
+    for run in runs:
+        position = run.segment.position + run.offset
+        continues = run.exact or (
+            before is not None
+            and before.end == run.start
+            and before.segment.source == run.segment.source
+            and before.segment.position + before.offset + before.length == position
+        )
+        sources.append(
+            Source(run.start, run.length, run.segment.key, run.offset, position, continues)
+        )
+        before = run
+    return tuple(sources)

@@ -1,0 +1,115 @@
+"""What the scheduler's part tells the workers' in each step, and what they answer.
+
+Everything here crosses process boundaries inside vLLM's own messages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run of a prompt and the stored KV that it takes.
+
+    Attributes:
+        start: First position in the prompt.
+        length: Tokens.
+        key: The stored segment.
+        offset: First token in the segment.
+        position: Position at which that token's KV was computed.
+        continues: Whether its left neighbour in the prompt is its left neighbour in the text that
+            was stored, so that no seam lies before it.
+    """
+
+    start: int
+    length: int
+    key: int
+    offset: int
+    position: int
+    continues: bool
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """One request's KV to be put together before it may run.
+
+    Attributes:
+        request_id: The request.
+        token_ids: Prompt up to the end of the span, int32, shape (end,).
+        start: First position of the span; what is before it is in the cache.
+        sources: Runs in order, without overlap, all within the span.
+        block_ids: KV blocks of the request from its first token on, int32.
+        exact: Whether all KV of the span comes from the sources as a full prefill would give it, so
+            that there is nothing to compute.
+    """
+
+    request_id: str
+    token_ids: np.ndarray
+    start: int
+    sources: tuple[Source, ...]
+    block_ids: np.ndarray
+    exact: bool
+
+    @property
+    def end(self) -> int:
+        """Position after the span."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Save:
+    """KV to keep under a new key: ``length`` tokens from ``position`` on.
+
+    Attributes:
+        key: The new segment.
+        position: Its first position in the request.
+        length: Its tokens.
+        block_ids: KV blocks of the request from its first token on, int32.
+    """
+
+    key: int
+    position: int
+    length: int
+    block_ids: np.ndarray
+
+
+@dataclass
+class Orders(KVConnectorMetadata):
+    """What the workers have to do in one step.
+
+    Attributes:
+        reuses: Requests whose KV is to be put together from now on.
+        cancelled: Requests that ended while that was under way.
+        saves: What to store once this step's KV is computed.
+        evicted: Segments to forget.
+    """
+
+    reuses: list[Reuse] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    saves: list[Save] = field(default_factory=list)
+    evicted: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Results(KVConnectorWorkerMetadata):
+    """What a worker reports after a step.
+
+    Attributes:
+        lost: Segments that could not be loaded or stored.
+        recomputed: By request that is ready: how many reused tokens were computed again.
+    """
+
+    lost: set[int] = field(default_factory=set)
+    recomputed: dict[str, int] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> Results:
+        """Join two ranks' reports: what one has lost is of no use to the others."""
+        assert isinstance(other, Results)
+        return Results(self.lost | other.lost, self.recomputed | other.recomputed)
