@@ -107,7 +107,7 @@ class _DomainTable:
 
     def _spare(self, segment: Segment) -> None:
         self.dequeue(segment)
-        # Proof takes up all chances of a new segment, as its hits were a burst for all we know.
+        # All chances of a new segment buy its proof: its hits may all have been one burst.
         segment.chances = segment.chances - 1 if segment.proven else 0
         segment.proven = True
         self.enqueue(segment)
@@ -135,7 +135,10 @@ class Stored:
 
 
 class SegmentIndex:
-    """The stored segments of all domains.
+    """The stored segments of all domains; iterates over their keys, oldest first.
+
+    ``version`` changes whenever a plan that was made before may name a segment that is gone, or
+    miss one that is there.
 
     Args:
         capacity: Tokens that the store holds.
@@ -356,6 +359,7 @@ class SegmentIndex:
         return True
 
     def _hide(self, segment: Segment) -> None:
+        self.version += 1
         self._domains[segment.domain].hide(segment)
         if segment.previous:
             segment.previous.following = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from vllm_plugins.kv_connectors.kvshare.anchors import Anchors, winnow
 from vllm_plugins.kv_connectors.kvshare.chunking import WINDOW, ChunkSizes, Hashes, WindowHash
@@ -146,7 +147,7 @@ class Planner:
         seeds: list[tuple[int, Segment, int]] = []
         bounds = self._chunks.bounds(hashes, len(text))
         first = bisect_left(bounds, start)
-        for low, high in zip(bounds[first:], bounds[first + 1 :], strict=False):
+        for low, high in pairwise(bounds[first:]):
             for segment in self._index.by_content(domain, content_digest(text[low:high])):
                 seeds.append((low, segment, 0))
         anchors = winnow(hashes[start:], self._min_run)
