@@ -27,6 +27,7 @@ from vllm_plugins.kv_connectors.kvshare.deviation import (
     value_deviation,
 )
 from vllm_plugins.kv_connectors.kvshare.payloads import Payloads, Piece
+from vllm_plugins.kv_connectors.kvshare.refresh import Stale
 from vllm_plugins.kv_connectors.kvshare.rope import PositionShift
 from vllm_plugins.kv_connectors.kvshare.transfer import Reuse
 
@@ -107,6 +108,16 @@ class Blend:
     def recomputed(self) -> int:
         """Reused tokens that were chosen to be computed again."""
         return int(self.chosen.sum())
+
+    def stale(self, share: float) -> Stale:
+        """Return the reused tokens that were not recomputed.
+
+        Args:
+            share: Part of the reused tokens that may be recomputed while the request decodes.
+        """
+        kept = ~self.chosen
+        allowance = int(share * len(self._reused))
+        return Stale(self._reused[kept], self.deviation[kept], allowance)
 
     def _load_exact(self) -> Iterator[float]:
         self._load(range(self._kitchen.pages.num_layers))

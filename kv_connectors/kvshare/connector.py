@@ -113,7 +113,7 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Return the requests whose KV is complete, or given up."""
-        return KVConnectorTransferResults(finished_recving=self.worker.take_ready())
+        return KVConnectorTransferResults(finished_recving=self.worker.take_ready(finished_req_ids))
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Return the blocks of requests given up, which vLLM then computes."""

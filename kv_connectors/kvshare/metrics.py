@@ -26,6 +26,11 @@ RECOMPUTED = MetricSpec(
     "counter",
     "Reused tokens that were computed again because they deviated.",
 )
+REFRESHED = MetricSpec(
+    "kvshare_refreshed_tokens_total",
+    "counter",
+    "Reused tokens that were computed again while their request was decoding.",
+)
 LOST = MetricSpec(
     "kvshare_lost_segments_total",
     "counter",
@@ -37,4 +42,4 @@ EVICTED = MetricSpec(
 STORED = MetricSpec("kvshare_stored_tokens", "gauge", "Tokens whose KV is stored.")
 SEGMENTS = MetricSpec("kvshare_stored_segments", "gauge", "Segments that are stored.")
 
-ALL = (REQUESTS, REUSED, GAPS, RECOMPUTED, LOST, EVICTED, STORED, SEGMENTS)
+ALL = (REQUESTS, REUSED, GAPS, RECOMPUTED, REFRESHED, LOST, EVICTED, STORED, SEGMENTS)

@@ -64,6 +64,21 @@ class KVShareOptions(Options):
     theta: float = Field(
         2.0, gt=0, description="A token deviates highly from this many medians of deviation on."
     )
+    decode_interval: int = Field(
+        16,
+        ge=0,
+        description="Generated tokens after which the reused tokens that decoding looks at are "
+        "computed again; 0 never does.",
+    )
+    decode_k: int = Field(
+        32, ge=1, le=512, description="Most tokens that are computed again at one such time."
+    )
+    decode_budget: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="Largest share of the reused tokens that is computed again while decoding.",
+    )
     fix_tokens_per_step: int = Field(
         2048,
         ge=1,
@@ -89,7 +104,7 @@ class KVShareOptions(Options):
             raise ValueError(f"min_run={self.min_run} exceeds chunk_max={self.chunk_max}")
         if self.link_tokens > self.min_run:
             raise ValueError(f"link_tokens={self.link_tokens} exceeds min_run={self.min_run}")
-        blend_only = {"selector", "recompute_min", "recompute_max", "link_tokens", "theta"}
+        blend_only = {"selector", "recompute_min", "recompute_max", "decode_interval"}
         given = sorted(blend_only & self.model_fields_set)
         if self.mode == "exact_only" and self._differs(given):
             raise ValueError(f"mode=exact_only recomputes nothing, so {given[0]} has no meaning")

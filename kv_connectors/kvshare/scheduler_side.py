@@ -19,7 +19,14 @@ from vllm_plugins.kv_connectors.kvshare.chunking import ChunkSizes
 from vllm_plugins.kv_connectors.kvshare.index import SegmentIndex
 from vllm_plugins.kv_connectors.kvshare.planner import Plan, Planner
 from vllm_plugins.kv_connectors.kvshare.segments import Run, Segment, Tokens, as_tokens
-from vllm_plugins.kv_connectors.kvshare.transfer import Orders, Results, Reuse, Save, Source
+from vllm_plugins.kv_connectors.kvshare.transfer import (
+    Orders,
+    Refresh,
+    Results,
+    Reuse,
+    Save,
+    Source,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -49,6 +56,7 @@ class RequestState:
         pinned: Segments that are kept until the workers have read them.
         loading: Whether the workers are at it.
         stored: Whether its prompt has been stored.
+        refreshed: Generated tokens at the last look at its stale tokens; None without any.
         declined: Whether it is to be computed in full, after a load that failed.
     """
 
@@ -60,6 +68,7 @@ class RequestState:
     pinned: list[Segment] = field(default_factory=list)
     loading: bool = False
     stored: bool = False
+    refreshed: int | None = None
     declined: bool = False
 
 
@@ -183,6 +192,9 @@ class SchedulerSide:
         self.index.pin(plan.segments)
         state.pinned, state.used, state.loading = plan.segments, plan, True
         exact = self._is_exact(plan)
+        # Not again after a preemption: what the prefix cache gives back then is not told apart.
+        looked_at = not exact and not request.num_preemptions and self._options.decode_interval
+        state.refreshed = 0 if looked_at else None
         if not exact:
             self._taint(request, min(plan.exact_prefix_end, plan.end))
         self._orders.reuses.append(
@@ -234,8 +246,12 @@ class SchedulerSide:
         """Return what the workers have to do in this step."""
         for request_id, scheduled in output.num_scheduled_tokens.items():
             state = self._states.get(request_id)
-            if state is not None and not state.stored:
+            if state is None:
+                continue
+            if not state.stored:
                 self._store_if_complete(state, scheduled)
+            if state.refreshed is not None:
+                self._refresh_if_due(state, state.refreshed)
         orders, self._orders = self._orders, Orders()
         self._metrics.set(m.STORED.name, self.index.used)
         self._metrics.set(m.SEGMENTS.name, len(self.index))
@@ -264,6 +280,19 @@ class SchedulerSide:
             if segment is not None
         ]
 
+    def _refresh_if_due(self, state: RequestState, last: int) -> None:
+        request = state.request
+        if request.num_preemptions:
+            state.refreshed = None
+        elif request.num_output_tokens - last >= self._options.decode_interval:
+            state.refreshed = request.num_output_tokens
+            # The last token was sampled from the one before it, whose KV is therefore computed
+            # however many steps are in flight.
+            known = as_tokens(request.all_token_ids)[: request.num_tokens - 1]
+            self._orders.refreshes.append(
+                Refresh(request.request_id, known, self._block_ids(request.request_id))
+            )
+
     def heard(self, output: KVConnectorOutput) -> None:
         """Take the workers' report."""
         for request_id in output.finished_recving or ():
@@ -272,6 +301,7 @@ class SchedulerSide:
         if isinstance(results, Results):
             self._lose(results.lost)
             self._metrics.inc(m.RECOMPUTED.name, sum(results.recomputed.values()))
+            self._metrics.inc(m.REFRESHED.name, sum(results.refreshed.values()))
 
     def _release(self, request_id: str) -> None:
         state = self._states.get(request_id)

@@ -80,6 +80,21 @@ class Save:
     block_ids: np.ndarray
 
 
+@dataclass(frozen=True)
+class Refresh:
+    """A decoding request whose stale tokens are to be looked at.
+
+    Attributes:
+        request_id: The request.
+        token_ids: Its tokens up to the last one whose KV is computed, int32, shape (n,).
+        block_ids: KV blocks of the request from its first token on, int32.
+    """
+
+    request_id: str
+    token_ids: np.ndarray
+    block_ids: np.ndarray
+
+
 @dataclass
 class Orders(KVConnectorMetadata):
     """What the workers have to do in one step.
@@ -87,12 +102,14 @@ class Orders(KVConnectorMetadata):
     Attributes:
         reuses: Requests whose KV is to be put together from now on.
         cancelled: Requests that ended while that was under way.
+        refreshes: Decoding requests to look at after this step.
         saves: What to store once this step's KV is computed.
         evicted: Segments to forget.
     """
 
     reuses: list[Reuse] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    refreshes: list[Refresh] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
     evicted: list[int] = field(default_factory=list)
 
@@ -104,12 +121,18 @@ class Results(KVConnectorWorkerMetadata):
     Attributes:
         lost: Segments that could not be loaded or stored.
         recomputed: By request that is ready: how many reused tokens were computed again.
+        refreshed: By decoding request: how many were, in this step.
     """
 
     lost: set[int] = field(default_factory=set)
     recomputed: dict[str, int] = field(default_factory=dict)
+    refreshed: dict[str, int] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Results:
         """Join two ranks' reports: what one has lost is of no use to the others."""
         assert isinstance(other, Results)
-        return Results(self.lost | other.lost, self.recomputed | other.recomputed)
+        return Results(
+            self.lost | other.lost,
+            self.recomputed | other.recomputed,
+            self.refreshed | other.refreshed,
+        )

@@ -15,8 +15,9 @@ from vllm_plugins.engine.worker_host import WorkerListener
 from vllm_plugins.kv_connectors.kvshare.blend import Blend, Kitchen, Recipe
 from vllm_plugins.kv_connectors.kvshare.deviation import Budget
 from vllm_plugins.kv_connectors.kvshare.payloads import LostSegmentError, Payloads
+from vllm_plugins.kv_connectors.kvshare.refresh import Stale, refresh
 from vllm_plugins.kv_connectors.kvshare.rope import PositionShift
-from vllm_plugins.kv_connectors.kvshare.transfer import Orders, Results, Reuse, Save
+from vllm_plugins.kv_connectors.kvshare.transfer import Orders, Refresh, Results, Reuse, Save
 
 if TYPE_CHECKING:
     from vllm_plugins.engine.worker_host import RunnerView
@@ -36,6 +37,7 @@ class WorkerSide:
         self._options = options
         self._kitchen: Kitchen | None = None
         self._blends: dict[str, Blend] = {}
+        self._stale: dict[str, Stale] = {}
         self._ready: set[str] = set()
         self._failed_blocks: set[int] = set()
         self._results = Results()
@@ -75,7 +77,23 @@ class WorkerSide:
             # may have cancelled what was complete by then, which it hears of already.
             if self._blends.pop(request_id, None):
                 self._ready.add(request_id)
-        self._advance()
+        budget = float(self._options.fix_tokens_per_step)
+        for refresh_order in orders.refreshes:
+            budget -= self._refresh(refresh_order)
+        self._advance(budget)
+
+    def _refresh(self, order: Refresh) -> int:
+        stale = self._stale.get(order.request_id)
+        if stale is None:
+            return 0
+        kitchen = self.kitchen
+        count = refresh(order, stale, self._options.decode_k, kitchen.pages, kitchen.forward)
+        if count:
+            self._results.refreshed[order.request_id] = count
+        else:
+            del self._stale[order.request_id]
+        # The look itself is one token's work at most.
+        return count + 1
 
     def _begin(self, reuse: Reuse) -> None:
         seed = zlib.crc32(reuse.request_id.encode())
@@ -84,10 +102,11 @@ class WorkerSide:
         except LostSegmentError as error:
             self._fail(reuse, error)
 
-    def _advance(self) -> None:
-        """Spend one step's budget on the requests that wait, first come first served."""
-        budget = float(self._options.fix_tokens_per_step)
+    def _advance(self, budget: float) -> None:
+        """Spend what is left of a step's budget on who waits, first come first served."""
         for blend in list(self._blends.values()):
+            if budget <= 0:
+                return
             try:
                 done, cost = blend.advance(budget)
             except LostSegmentError as error:
@@ -96,14 +115,14 @@ class WorkerSide:
             budget -= cost
             if done:
                 self._finish(blend)
-            if budget <= 0:
-                return
 
     def _finish(self, blend: Blend) -> None:
         request_id = blend.reuse.request_id
         del self._blends[request_id]
         self._ready.add(request_id)
         self._results.recomputed[request_id] = blend.recomputed
+        if self._options.decode_interval and not blend.reuse.exact:
+            self._stale[request_id] = blend.stale(self._options.decode_budget)
 
     def _fail(self, reuse: Reuse, error: LostSegmentError) -> None:
         """Let vLLM compute the whole span: what follows a hole has seen the hole."""
@@ -128,8 +147,14 @@ class WorkerSide:
         where = torch.from_numpy(np.concatenate(slots)).to(self.kitchen.pages.device)
         self.kitchen.payloads.save({s.key: s.length for s in saves}, where)
 
-    def take_ready(self) -> set[str]:
-        """Return the requests whose KV is complete or given up since the last call."""
+    def take_ready(self, ended: set[str]) -> set[str]:
+        """Return the requests whose KV is complete or given up since the last call.
+
+        Args:
+            ended: Requests that ended, of which nothing need be kept.
+        """
+        for request_id in ended:
+            self._stale.pop(request_id, None)
         ready, self._ready = self._ready, set()
         return ready
 
@@ -141,7 +166,7 @@ class WorkerSide:
     def take_results(self) -> Results | None:
         """Return what the scheduler's part has to know, if anything."""
         results, self._results = self._results, Results()
-        return results if results.lost or results.recomputed else None
+        return results if results.lost or results.recomputed or results.refreshed else None
 
 
 class KVShareListener(WorkerListener):

@@ -2,12 +2,17 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from vllm_plugins.metrics import OWN_DIRECTORY
+
+BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "off_cost.py"
+CLOCKS = ("wall", "cpu")
 
 # Names and identities of everything that vLLM's modules and their classes hold.
 INVENTORY = """
@@ -89,13 +94,14 @@ def run(script: str, *arguments: str, **environment: str) -> object:
 
 
 @pytest.mark.engine
-def test_loading_the_entry_point_changes_the_parser_hook_alone():
+def test_loading_the_entry_point_changes_three_methods_of_the_engine_arguments_alone():
     found = run(INVENTORY, VLLM_PLUGINS="")
     assert found["size"] > 10_000
     hooked = "vllm.engine.arg_utils.EngineArgs"
     assert found["changed"] == [
         f"{hooked}:_vllm_plugins_flag",
         f"{hooked}:add_cli_args",
+        f"{hooked}:create_engine_config",
         f"{hooked}:from_cli_args",
     ]
     assert found["imported"] == []
@@ -121,3 +127,31 @@ def test_outputs_and_step_schedules_are_stocks(tiny_llama):
     rows = [sum(tokens for _, tokens in step) for step in steps]
     assert max(rows) == 96
     assert installed == without
+
+
+@pytest.mark.engine
+def test_the_benchmark_compares_with_and_without(tiny_llama, tmp_path):
+    """One pair shows no cost to be trusted; that the right things are compared it does show."""
+    out = tmp_path / "off.json"
+    command = [sys.executable, str(BENCHMARK), "--rounds", "1", "--repeats", "1"]
+    subprocess.run([*command, "--model", str(tiny_llama), "--out", str(out)], check=True)
+    summary = json.loads(out.read_text())["summary"]
+    names = ("entry_points", "start", "generate")
+    assert summary.keys() == {f"{name}_{clock}" for name in names for clock in CLOCKS}
+    assert summary["entry_points_wall"]["installed"]["added_s"]["median"] <= 0.5
+    assert all(0.3 < summary[f"generate_{c}"]["installed"]["ratio"]["median"] < 3 for c in CLOCKS)
+
+
+def test_the_benchmarks_ratios_are_taken_round_by_round():
+    summarise = runpy.run_path(str(BENCHMARK))["summarise"]
+    base = [1.0, 2.0, 4.0]
+    samples = {
+        "without": [{"x": value} for value in base],
+        "control": [{"x": value} for value in base],
+        "installed": [{"x": value * 1.1} for value in base],
+    }
+    row = summarise(samples)["x"]
+    assert row["without_s"] == 2.0
+    assert row["control"]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert row["installed"]["ratio"]["median"] == pytest.approx(1.1)
+    assert row["installed"]["added_s"]["high"] == pytest.approx(0.4)

@@ -214,6 +214,29 @@ class PartialForward:
         for pieces in plan_passes([rows.positions], self._max_runs, self._max_rows):
             yield rows.take(slice(pieces[0].begin, pieces[0].end))
 
+    @contextmanager
+    def queries_of(self, layers: Sequence[int]) -> Iterator[list[torch.Tensor]]:
+        """Collect the queries of some layers while passes run, as attention gets them.
+
+        Yields:
+            A list that each pass adds to, layer by layer: shape (rows, heads * head size).
+        """
+        queries: list[torch.Tensor] = []
+
+        def keep(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            queries.append(inputs[0].detach().clone())
+
+        # Only here: layers inside vLLM's own compiled or captured step never see a hook.
+        hooks = [
+            self._stack.layers[index].self_attn.attn.register_forward_pre_hook(keep)
+            for index in layers
+        ]
+        try:
+            yield queries
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def sum_over_ranks(self, *values: torch.Tensor) -> list[torch.Tensor]:
         """Return sums over the tensor-parallel ranks, which hold different heads."""
         return [tensor_model_parallel_all_reduce(value) for value in values]
@@ -249,14 +272,16 @@ class PartialForward:
 
     def _pass(self, taken: Sequence[Rows], layers: range) -> None:
         positions = self._tensor(np.concatenate([part.positions for part in taken]))
-        hidden, residual = self._inputs(taken)
+        state = self._inputs(taken)
         with self._context(taken):
             for index in layers:
-                hidden, residual = self._stack.layers[index](positions, hidden, residual)
+                state = self._stack.layers[index](positions, *state)
+        hidden, residual = state
+        assert residual is not None
         sizes = [len(part.positions) for part in taken]
         states = zip(hidden.split(sizes), residual.split(sizes), strict=True)
-        for part, state in zip(taken, states, strict=True):
-            part.hidden, part.residual = state
+        for part, (own_hidden, own_residual) in zip(taken, states, strict=True):
+            part.hidden, part.residual = own_hidden, own_residual
 
     def _inputs(self, taken: Sequence[Rows]) -> tuple[torch.Tensor, torch.Tensor | None]:
         if taken[0].hidden is None:

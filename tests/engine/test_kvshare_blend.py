@@ -1,0 +1,71 @@
+"""Blended KV stays within its budget and away from everybody else."""
+
+import pytest
+
+from tests.engine.kvshare_engine import (
+    BLOCK,
+    DOCS,
+    PROMPTS,
+    assert_stock,
+    prompt,
+    served,
+    stock_answers,
+)
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return stock_answers()
+
+
+@pytest.fixture(scope="module")
+def blend(stock):
+    with served("kvshare:fix_tokens_per_step=256") as engine:
+        yield engine
+
+
+def test_what_is_not_shared_is_answered_as_by_stock(blend, stock):
+    blend.forget()
+    outputs = blend.greedy([PROMPTS[0]])
+    assert_stock(outputs, stock[:1])
+    assert outputs[0].num_cached_tokens == 0
+
+
+def test_approximate_blocks_never_enter_the_exact_prefix_cache(blend, stock):
+    blend.forget()
+    blend.greedy([prompt(0, 1, 2)])
+    [mixed] = blend.greedy([PROMPTS[1]])
+    assert mixed.num_cached_tokens > 0
+    # The same prompt again, without reuse: only the prefix cache could help it, and must not.
+    off = {"kv_transfer_params": {"kvshare": {"reuse": False}}}
+    [plain] = blend.greedy([PROMPTS[1]], extra=off)
+    assert plain.num_cached_tokens == 0
+    assert_stock([plain], stock[1:2])
+    blend.assert_idle()
+
+
+def test_the_exact_head_of_a_blended_prompt_stays_shared(blend):
+    blend.forget()
+    blend.greedy([prompt(0, 1, 2)])
+    head = len(DOCS[0]) // BLOCK * BLOCK
+    blend.greedy([prompt(0, 2, 1)])
+    off = {"kv_transfer_params": {"kvshare": {"reuse": False}}}
+    [again] = blend.greedy([prompt(0, 2, 1)], extra=off)
+    assert again.num_cached_tokens == head
+
+
+def test_only_the_budget_is_recomputed(blend):
+    blend.forget()
+    blend.greedy([prompt(0, 1, 2)])
+    counts = []
+    worker = blend.worker
+    finish = worker._finish
+    worker._finish = lambda b: (counts.append((b.recomputed, len(b.chosen))), finish(b))
+    try:
+        blend.greedy([PROMPTS[1]])
+    finally:
+        del worker._finish
+    [(recomputed, reused)] = counts
+    assert 0.05 * reused <= recomputed <= 0.15 * reused + 1
