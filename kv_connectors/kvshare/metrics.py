@@ -39,6 +39,11 @@ LOST = MetricSpec(
 EVICTED = MetricSpec(
     "kvshare_evicted_segments_total", "counter", "Stored segments that made room for others."
 )
+BYPASSES = MetricSpec(
+    "kvshare_bypasses_total",
+    "counter",
+    "Requests admitted before an earlier one because more of their prompt was stored.",
+)
 STORED = MetricSpec("kvshare_stored_tokens", "gauge", "Tokens whose KV is stored.")
 SEGMENTS = MetricSpec("kvshare_stored_segments", "gauge", "Segments that are stored.")
 

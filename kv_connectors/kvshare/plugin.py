@@ -7,17 +7,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from vllm_plugins.errors import PluginError
-from vllm_plugins.kv_connectors.kvshare.deviation import SelectorName
-from vllm_plugins.plugin import Options, Paper, Requirements, WorkerPlugin
+from vllm_plugins.plugin import Options, Paper, Requirements, SchedulerPlugin, WorkerPlugin
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_plugins.arguments import EngineArguments
+    from vllm_plugins.engine.policy import SchedulerPolicy
     from vllm_plugins.kv_connectors.kvshare.worker_side import KVShareListener
 
-CONNECTOR = "KVShareConnector"
-CONNECTOR_MODULE = "vllm_plugins.kv_connectors.kvshare.connector"
+# As `--kv-transfer-config` takes it. Plain values, since a declaration does not import vLLM.
+TRANSFER = {
+    "kv_connector": "KVShareConnector",
+    "kv_connector_module_path": "vllm_plugins.kv_connectors.kvshare.connector",
+    "kv_role": "kv_both",
+    "kv_load_failure_policy": "recompute",
+}
 # Methods of speculative decoding whose drafter reads nothing but token ids.
 TOKEN_DRAFTERS = frozenset({"ngram", "suffix"})
 
@@ -30,7 +35,7 @@ class KVShareOptions(Options):
         description="blend reuses any equal text and recomputes part of it; exact_only reuses only "
         "KV whose whole left context is identical, as a second tier of the prefix cache.",
     )
-    selector: SelectorName = Field(
+    selector: Literal["dhd", "cacheblend", "epic", "random", "none"] = Field(
         "dhd",
         description="Rule that chooses the reused tokens to recompute: dhd is KVShare's, "
         "cacheblend and epic are those methods', random and none are for comparison.",
@@ -85,6 +90,22 @@ class KVShareOptions(Options):
         description="Tokens through all layers that blending may cost between two steps, so that "
         "other requests' decodes go on.",
     )
+    order: Literal["arrival", "hit_rate"] = Field(
+        "arrival",
+        description="Order of waiting requests: arrival leaves vLLM's own; hit_rate admits first "
+        "who has most of the prompt stored.",
+    )
+    full_hit_ms: float = Field(
+        5000.0,
+        gt=0,
+        description="With order=hit_rate, time of waiting that weighs as much as a whole prompt in "
+        "the store, in ms.",
+    )
+    max_bypass: int = Field(
+        8,
+        ge=0,
+        description="With order=hit_rate, a request that was overtaken this often goes first.",
+    )
     host_gib: float = Field(
         4.0, gt=0, description="Host memory for stored KV in each worker, in GiB."
     )
@@ -116,7 +137,7 @@ class KVShareOptions(Options):
         return any(getattr(self, name) != fields[name].default for name in names)
 
 
-class KVSharePlugin(WorkerPlugin):
+class KVSharePlugin(SchedulerPlugin, WorkerPlugin):
     """Reuse of KV across requests, in the middle of prompts."""
 
     name = "kvshare"
@@ -139,25 +160,19 @@ class KVSharePlugin(WorkerPlugin):
     Options: ClassVar[type[Options]] = KVShareOptions
 
     def configure(self, options: KVShareOptions, arguments: EngineArguments) -> None:
-        """Choose the worker host and the connector."""
-        from vllm.config import KVTransferConfig
-
-        super().configure(options, arguments)
-        if arguments.is_set("kv_transfer_config"):
+        """Choose the worker host, the connector and, where it orders, the scheduler host."""
+        WorkerPlugin.configure(self, options, arguments)
+        if self.orders_waiting(options):
+            SchedulerPlugin.configure(self, options, arguments)
+        theirs = arguments.get("kv_transfer_config")
+        if theirs is None:
+            arguments.set("kv_transfer_config", dict(TRANSFER))
+        elif any(getattr(theirs, name, None) != value for name, value in TRANSFER.items()):
             raise PluginError(
                 "--plugin kvshare",
                 "is a KV connector, and --kv-transfer-config names another",
                 "drop one of the two",
             )
-        arguments.set(
-            "kv_transfer_config",
-            KVTransferConfig(
-                kv_connector=CONNECTOR,
-                kv_connector_module_path=CONNECTOR_MODULE,
-                kv_role="kv_both",
-                kv_load_failure_policy="recompute",
-            ),
-        )
 
     def check(self, options: KVShareOptions, config: VllmConfig) -> None:
         """Refuse models and settings under which KV cannot be moved or recomputed."""
@@ -173,6 +188,19 @@ class KVSharePlugin(WorkerPlugin):
             )
         for flag, reason, mend in _unsupported(config):
             raise PluginError(f"--plugin kvshare with {flag}", reason, mend)
+
+    def orders_waiting(self, options: KVShareOptions) -> bool:
+        """Only by hit rate."""
+        return options.order == "hit_rate"
+
+    def policy(self, options: KVShareOptions, config: VllmConfig) -> SchedulerPolicy:
+        """Make the policy of one engine; it does nothing where the order is vLLM's own."""
+        from vllm_plugins.engine.policy import SchedulerPolicy
+        from vllm_plugins.kv_connectors.kvshare.hit_rate_order import HitRatePolicy
+
+        if not self.orders_waiting(options):
+            return SchedulerPolicy()
+        return HitRatePolicy(options.full_hit_ms / 1000, options.max_bypass)
 
     def listener(self, options: KVShareOptions, config: VllmConfig) -> KVShareListener:
         """Make the part of one worker."""

@@ -57,6 +57,8 @@ class RequestState:
         loading: Whether the workers are at it.
         stored: Whether its prompt has been stored.
         refreshed: Generated tokens at the last look at its stale tokens; None without any.
+        share: Share of its prompt that is stored, as of ``share_version`` of the index.
+        share_version: Version of the index at the last look-up by the waiting order.
         declined: Whether it is to be computed in full, after a load that failed.
     """
 
@@ -69,6 +71,8 @@ class RequestState:
     loading: bool = False
     stored: bool = False
     refreshed: int | None = None
+    share: float = 0.0
+    share_version: int = -1
     declined: bool = False
 
 
@@ -116,6 +120,17 @@ class SchedulerSide:
             return 0
         plan = self._plan(state, computed)
         return 0 if plan is None else plan.end - computed
+
+    def stored_share(self, request: Request) -> float:
+        """Return the share of a waiting request's prompt that is stored, in [0, 1]."""
+        state = self._state(request)
+        if state is None or state.declined or not _wants(request, "reuse"):
+            return 0.0
+        if state.share_version != self.index.version:
+            plan = self._planner.plan(state.domain, state.tokens, 0, len(state.tokens))
+            state.share = plan.reused / max(len(state.tokens), 1)
+            state.share_version = self.index.version
+        return state.share
 
     def _state(self, request: Request) -> RequestState | None:
         """Return a request's state; None where its text does not say what its KV is."""

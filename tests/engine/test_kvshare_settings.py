@@ -121,3 +121,22 @@ def test_decoding_spends_no_more_than_its_share():
         counts = [count - 1 for count in refreshed if count]
         assert all(count <= 5 for count in counts)
         assert 0.04 * reused <= sum(counts) <= 0.05 * reused
+
+
+def test_by_hit_rate_who_has_most_stored_is_admitted_first(stock):
+    spec = f"{NEUTRAL},order=hit_rate,max_bypass=1"
+    with served(spec, max_num_seqs=1) as engine:
+        engine.greedy([prompt(0, 1, 2)])
+        novel, known, other = PROMPTS[6], PROMPTS[1], PROMPTS[3]
+        names = [engine.add(p).split("-")[0] for p in (PROMPTS[5], novel, known, other)]
+        finished, answers = [], {}
+        while engine.engine.has_unfinished_requests():
+            for output in engine.engine.step():
+                if output.finished:
+                    finished.append(output.request_id.split("-")[0])
+                    answers[finished[-1]] = output.outputs[0].token_ids
+        places = [finished.index(name) for name in names]
+        # The known one overtakes the novel one, which then goes before the partly known one.
+        assert places[2] < places[1] < places[3]
+        assert [answers[name] for name in names] == [stock[i][:6] for i in (5, 6, 1, 3)]
+        engine.assert_idle()

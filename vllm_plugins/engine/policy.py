@@ -38,12 +38,14 @@ class SchedulerFacts:
         decode_rows: Rows that one decoding request takes: 1, or 1 plus the drafts.
         pipeline_stages: Pipeline-parallel size.
         clock: Monotonic time in seconds; virtual in a simulation.
+        kv_connector: The scheduler's part of the KV connector, if there is one.
     """
 
     max_tokens: int
     decode_rows: int
     pipeline_stages: int
     clock: Callable[[], float]
+    kv_connector: Any = None
 
 
 class StepPlan:

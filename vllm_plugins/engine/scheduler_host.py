@@ -88,6 +88,7 @@ class _PolicyHost(Scheduler):
             decode_rows=1 + self.num_spec_tokens,
             pipeline_stages=self.parallel_config.pipeline_parallel_size,
             clock=lambda: self.plugin_clock(),
+            kv_connector=self.connector,
         )
 
     def add_request(self, request: Request) -> None:
