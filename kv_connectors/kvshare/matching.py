@@ -61,7 +61,7 @@ class Search:
         # Per source and shift, up to where the prompt has been compared.
         self._compared: dict[tuple[int, int], int] = {}
         self._covered = start
-        self._left = max(LEAST_EXTENSIONS, (len(text) - start) // 8)
+        self._left = max(LEAST_EXTENSIONS, (len(text) - start) // 16)
 
     def extend(self, at: int, segment: Segment, offset: int) -> None:
         """Follow the equality of ``text[at]`` and ``segment.tokens[offset]`` both ways."""
