@@ -36,7 +36,7 @@ matrix: setup ## Run the contract tests on every supported vLLM and write docs/c
 lint: setup ## ruff, mypy and the project's own norms
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
-	$(VENV)/mypy
+	$(VENV)/python scripts/typecheck.py
 	$(VENV)/python scripts/check_norms.py
 
 check-all: lint test matrix ## Everything that CI runs, and the linters

@@ -84,18 +84,16 @@ def dhd(reused: Reused, budget: Budget) -> np.ndarray:
     """Links, and what deviates highly: theta times the median, within r_min and r_max.
 
     The condition: where the mean deviation is below ``skip_eps`` of the values' mean norm, the
-    stored KV is as good as new and only r_min is spent. Links count towards r_max, and where they
-    alone are more than that, those that deviate most are kept.
+    stored KV is as good as new and only r_min is spent. Where the candidates are more than r_max,
+    those of them that deviate most are taken; where they are fewer than r_min, others that do.
     """
     least, most = budget.tokens(len(reused.deviation))
     deviation = reused.deviation
     if deviation.mean() < budget.skip_eps * reused.norm.mean():
-        wanted = least
-    else:
-        high = deviation > budget.theta * np.median(deviation)
-        wanted = min(max(int((high | reused.links).sum()), least), most)
-    # Links go first: they deviate in later layers even where the check layer does not show it yet.
-    ranked = np.where(reused.links, deviation + deviation.max(initial=0.0) + 1.0, deviation)
+        return _highest(deviation, least)
+    candidates = (deviation > budget.theta * np.median(deviation)) | reused.links
+    wanted = min(max(int(candidates.sum()), least), most)
+    ranked = np.where(candidates, deviation + deviation.max() + 1.0, deviation)
     return _highest(ranked, wanted)
 
 

@@ -58,7 +58,11 @@ class KVShareOptions(Options):
         0.15, ge=0, le=1, description="Largest share of the reused tokens that is recomputed."
     )
     link_tokens: int = Field(
-        16, ge=0, le=256, description="Tokens at the start of a reused text that go first."
+        16,
+        ge=0,
+        le=256,
+        description="Tokens at the start of a reused text that dhd considers whatever they "
+        "deviate, and that epic recomputes.",
     )
     skip_eps: float = Field(
         1e-3,

@@ -268,6 +268,9 @@ class SchedulerSide:
             if state.refreshed is not None:
                 self._refresh_if_due(state, state.refreshed)
         orders, self._orders = self._orders, Orders()
+        # What one request of this step stored may have made room for the next one's already.
+        gone = set(orders.evicted)
+        orders.saves = [save for save in orders.saves if save.key not in gone]
         self._metrics.set(m.STORED.name, self.index.used)
         self._metrics.set(m.SEGMENTS.name, len(self.index))
         self._metrics.inc(m.EVICTED.name, len(orders.evicted))

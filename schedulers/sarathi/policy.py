@@ -79,9 +79,13 @@ class SarathiPolicy(SchedulerPolicy):
     def _budget(self, plan: StepPlan) -> int:
         decodes = self._decodes_of_step(plan)
         decode_rows = len(decodes) * self.facts.decode_rows
-        budgets = Budgets(self._options.min_budget, self.facts.max_tokens, self._options.tile)
-        if self._options.budget_mode == "static":
-            return max(self._options.token_budget, budgets.least(decode_rows))
+        options = self._options
+        # `SarathiOptions.resolved` has filled in every default.
+        assert options.min_budget and options.tile
+        budgets = Budgets(options.min_budget, self.facts.max_tokens, options.tile)
+        if options.budget_mode == "static":
+            assert options.token_budget
+            return max(options.token_budget, budgets.least(decode_rows))
         allowed = self._allowed_seconds(plan)
         if allowed is None:
             return self.facts.max_tokens

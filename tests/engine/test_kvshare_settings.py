@@ -6,6 +6,7 @@ import torch
 
 from tests.engine.kvshare_engine import (
     BLOCK,
+    DOCS,
     NEUTRAL,
     PROMPTS,
     assert_stock,
@@ -62,6 +63,9 @@ def test_the_store_is_bounded_and_evicts(stock):
         for p, answer in zip(PROMPTS, stock, strict=True):
             assert_stock(engine.greedy([p]), [answer])
             assert engine.side.index.used <= 200
+        engine.assert_idle()
+        # Prompts that are complete in the same step push each other out in it.
+        engine.greedy([[*DOCS[i][:120], i] for i in range(5)])
         engine.assert_idle()
 
 

@@ -43,12 +43,17 @@ def test_dhd_spends_the_least_where_nothing_deviates():
     assert chosen("dhd", deviation, budget=none) == []
 
 
-def test_links_go_first_and_count():
+def test_links_are_candidates_whatever_they_deviate():
+    deviation = np.ones(100)
+    deviation[50:55] = 9
+    assert chosen("dhd", deviation, links=range(10, 16)) == [*range(10, 16), *range(50, 55)]
+
+
+def test_links_make_way_for_what_deviates_more():
     deviation = np.ones(100)
     deviation[50:65] = 9
-    taken = chosen("dhd", deviation, links=range(10, 16))
-    assert set(range(10, 16)) < set(taken)
-    assert len(taken) == 15
+    deviation[12] = 20
+    assert chosen("dhd", deviation, links=range(10, 16)) == [12, *range(50, 64)]
 
 
 def test_the_other_rules_are_those_of_their_methods():
