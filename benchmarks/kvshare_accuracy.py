@@ -120,14 +120,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4.5))
-    for selector in ("dhd", "dhd without links", "cacheblend", "random"):
+    for selector in ("dhd", "dhd without links", "cacheblend", "epic", "random"):
         rows = [r for r in result["settings"].values() if r["selector"] == selector]
         shares = [100 * r["recomputed_share"] for r in rows]
         axis.plot(shares, [100 * r["two_documents"] for r in rows], marker="o", label=selector)
     full = 100 * result["full_prefill"]["two_documents"]
     axis.axhline(full, color="grey", linestyle="--", label="full prefill")
     axis.set_xscale("symlog", linthresh=2)
-    axis.set_xticks([100 * r for r in RATIOS], [f"{r:.0%}" for r in RATIOS])
+    ticks = [0, 2, 5, 10, 30, 100]
+    axis.set_xticks(ticks, [f"{tick} %" for tick in ticks])
+    axis.set_xlim(left=-0.2)
     axis.set_xlabel("reused tokens that were recomputed")
     axis.set_ylabel("right answers that need two documents, %")
     axis.legend()

@@ -1,6 +1,6 @@
 """``--plugin``: the flag, its expansion to stock engine arguments, and the entry point.
 
-The entry point extends two functions of vLLM's argument parser and nothing else. Plug-ins that
+The entry point extends three methods of vLLM's engine arguments and nothing else. Plug-ins that
 were not asked for are not even imported.
 """
 
@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_plugins.arguments import EngineArguments
 from vllm_plugins.errors import PluginError
@@ -19,18 +19,23 @@ from vllm_plugins.registry import Enabled, enable, entry_points
 from vllm_plugins.settings import KEY, PluginSettings, enabled_plugins, requested
 from vllm_plugins.spec import PluginSpec, parse_specs
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
 _HOOKED = "_vllm_plugins_flag"
 
 
 def register() -> None:
-    """Entry point ``vllm.general_plugins``: teach vLLM's parser the flag.
+    """Entry point ``vllm.general_plugins``: teach vLLM's engine arguments the flag.
 
-    vLLM calls it in every process and more than once. Only a process that has loaded the argument
-    parser can parse a flag, so no other is made to import it.
+    vLLM calls it in every process and more than once. Only a process that has loaded the engine
+    arguments can parse a flag or start an engine from them, so no other is made to import them.
     """
     module = sys.modules.get("vllm.engine.arg_utils")
     if module is not None and not hasattr(module.EngineArgs, _HOOKED):
         _install_flag(module.EngineArgs)
+        _install_checks(module.EngineArgs)
+        setattr(module.EngineArgs, _HOOKED, True)
 
 
 def _install_flag(engine_args: type[Any]) -> None:
@@ -46,12 +51,46 @@ def _install_flag(engine_args: type[Any]) -> None:
         changes = _changes(args)
         if not changes:
             return from_cli_args(cls, args)
-        changed = argparse.Namespace(**{**vars(args), **changes})
-        return from_cli_args(_plugged_class(cls), changed)
+        return from_cli_args(cls, argparse.Namespace(**{**vars(args), **changes}))
 
     engine_args.add_cli_args = staticmethod(add_cli_args_with_plugin)
     engine_args.from_cli_args = classmethod(from_cli_args_with_plugin)
-    setattr(engine_args, _HOOKED, True)
+
+
+def _install_checks(engine_args: type[Any]) -> None:
+    create_engine_config = engine_args.create_engine_config
+
+    @functools.wraps(create_engine_config)
+    def create_engine_config_with_checks(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = create_engine_config(self, *args, **kwargs)
+        _check(config)
+        return config
+
+    engine_args.create_engine_config = create_engine_config_with_checks
+
+
+def _check(config: VllmConfig) -> None:
+    """Let each plug-in that is on look at the complete configuration, in the front end.
+
+    An engine in a process of its own would refuse too, but out of sight: its front end only says
+    that the engine did not start.
+
+    Raises:
+        PluginError: A plug-in cannot run in this engine, which was started from Python.
+        SystemExit: The same for an engine of a command; the message is one line.
+    """
+    try:
+        if requested(config.additional_config):
+            enabled_plugins(config)
+    except PluginError as error:
+        entry = config.additional_config[KEY]
+        if isinstance(entry, PluginSettings) and entry.from_command:
+            raise _refusal(error) from None
+        raise
+
+
+def _refusal(error: PluginError) -> SystemExit:
+    return SystemExit(f"vllm: error: {error}")
 
 
 def _add_flag(parser: Any) -> Any:
@@ -78,9 +117,12 @@ def _changes(args: argparse.Namespace) -> dict[str, Any]:
     """
     current = vars(args)
     try:
-        return expand(_specs(current, current.get("plugin") or []), current)
+        changes = expand(_specs(current, current.get("plugin") or []), current)
     except PluginError as error:
-        raise SystemExit(f"vllm: error: {error}") from None
+        raise _refusal(error) from None
+    if changes:
+        changes["additional_config"][KEY].from_command = True
+    return changes
 
 
 def _specs(current: Mapping[str, Any], texts: Sequence[str]) -> list[PluginSpec]:
@@ -112,6 +154,9 @@ def expand(specs: Sequence[PluginSpec], current: Mapping[str, Any]) -> dict[str,
 
     from vllm_plugins.metrics import publish_in_this_process
 
+    # Python code can get here without vLLM having called the entry point, as in a process whose
+    # VLLM_PLUGINS leaves it out.
+    register()
     enabled = enable(specs)
     changes = configure(enabled, current, argument_defaults(EngineArgs))
     publish_in_this_process()
@@ -140,36 +185,6 @@ def configure(
     additional = dict(current.get("additional_config") or {})
     additional[KEY] = PluginSettings.of(enabled)
     return {**arguments.changes, "additional_config": additional}
-
-
-class _ChecksAtStart:
-    """Mixed into the engine arguments of one server: refuse in the front end, in one line."""
-
-    def create_engine_config(self, *args: Any, **kwargs: Any) -> Any:
-        """Create the engine's configuration and let each plug-in look at it."""
-        config = super().create_engine_config(*args, **kwargs)  # type: ignore[misc]
-        try:
-            enabled_plugins(config)
-        except PluginError as error:
-            raise SystemExit(f"vllm: error: {error}") from None
-        return config
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # `vllm bench startup` sends its arguments to spawned processes, where this class, which
-        # is made at run time, cannot be looked up by name.
-        return _restored, (type(self).__bases__[1], vars(self))
-
-
-def _restored(base: Any, values: dict[str, Any]) -> Any:
-    plugged = _plugged_class(base)
-    arguments = object.__new__(plugged)
-    vars(arguments).update(values)
-    return arguments
-
-
-@functools.cache
-def _plugged_class(base: Any) -> Any:
-    return type(base.__name__, (_ChecksAtStart, base), {"__module__": base.__module__})
 
 
 def engine_args(*specs: str, **options: Any) -> dict[str, Any]:

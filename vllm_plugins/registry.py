@@ -123,10 +123,16 @@ def _check_one_order(enabled: Sequence[Enabled]) -> None:
         )
 
 
+def unmet_version(plugin: Plugin, version: Version) -> str:
+    """Return the range of vLLM that a plug-in needs where this is outside of it, else nothing."""
+    wanted = SpecifierSet(plugin.requires.vllm, prereleases=True)
+    return "" if Version(version.public) in wanted else str(wanted)
+
+
 def _enable_one(spec: PluginSpec, version: Version) -> Enabled:
     plugin = load(spec.name)
-    wanted = SpecifierSet(plugin.requires.vllm, prereleases=True)
-    if Version(version.public) not in wanted:
+    wanted = unmet_version(plugin, version)
+    if wanted:
         raise PluginError(
             f"--plugin {spec.name}", f"needs vLLM {wanted}, found {version}", "install one of those"
         )

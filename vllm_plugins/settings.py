@@ -27,11 +27,16 @@ class PluginSettings(str):
     """
 
     options: dict[str, dict[str, Any]]
+    from_command: bool
+    """Whether a vLLM command is to start the engine, which then refuses without a traceback."""
 
-    def __new__(cls, graph: str, options: dict[str, dict[str, Any]]) -> PluginSettings:
+    def __new__(
+        cls, graph: str, options: dict[str, dict[str, Any]], from_command: bool = False
+    ) -> PluginSettings:
         """Make the settings from the graph options' text and all options by plug-in name."""
         self = super().__new__(cls, graph)
         self.options = options
+        self.from_command = from_command
         return self
 
     @classmethod
@@ -42,8 +47,10 @@ class PluginSettings(str):
         options = {item.plugin.name: item.options.model_dump(mode="json") for item in enabled}
         return cls(json.dumps(graph, sort_keys=True), options)
 
-    def __reduce__(self) -> tuple[type[PluginSettings], tuple[str, dict[str, dict[str, Any]]]]:
-        return (type(self), (str(self), self.options))
+    def __reduce__(
+        self,
+    ) -> tuple[type[PluginSettings], tuple[str, dict[str, dict[str, Any]], bool]]:
+        return (type(self), (str(self), self.options, self.from_command))
 
     def __repr__(self) -> str:
         return repr(self.options)

@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
     SupportsHMA,
 )
+from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
@@ -20,6 +21,7 @@ from vllm_plugins.kv_connectors.kvshare.scheduler_side import SchedulerSide
 from vllm_plugins.kv_connectors.kvshare.transfer import Orders
 from vllm_plugins.kv_connectors.kvshare.worker_side import WorkerSide
 from vllm_plugins.metrics import ACTIVE, Metrics, engine_labels
+from vllm_plugins.plugin import SCHEDULER_HOST
 from vllm_plugins.settings import enabled_plugins
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_plugins.kv_connectors.kvshare.plugin import KVShareOptions
+
+logger = init_logger("vllm.vllm_plugins.kvshare")
 
 GIB = 1 << 30
 
@@ -53,6 +57,11 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
             self.worker = WorkerSide(options)
         else:
             self.scheduler = _scheduler_side(options, vllm_config, kv_cache_config)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """Never: what is not stored is a later request's miss, and costs this one nothing."""
+        return False
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         """Take the scheduler's cache manager."""
@@ -147,4 +156,11 @@ def _scheduler_side(
     capacity = int(options.host_gib * GIB / bytes_per_token)
     writer = Metrics([ACTIVE, *metrics.ALL], engine_labels(config))
     writer.set(ACTIVE.name, 1, "kvshare")
+    for kind in ("exact", "blend"):
+        writer.inc(metrics.REQUESTS.name, 0, kind)
+    for kind in ("exact", "approximate"):
+        writer.inc(metrics.REUSED.name, 0, kind)
+    if config.scheduler_config.scheduler_cls != SCHEDULER_HOST:
+        # The scheduler host, where there is one, says this of all plug-ins.
+        logger.info("vllm-plugins: kvshare is on (KV connector): %s", options.model_dump())
     return SchedulerSide(options, spec.block_size, layers, capacity, writer)

@@ -26,6 +26,8 @@ TRANSFER = {
 # Methods of speculative decoding whose drafter reads nothing but token ids.
 TOKEN_DRAFTERS = frozenset({"ngram", "suffix"})
 
+MOVABLE_DTYPES = frozenset({"auto", "float16", "bfloat16"})
+
 
 class KVShareOptions(Options):
     """Options of KVShare."""
@@ -129,16 +131,14 @@ class KVShareOptions(Options):
             raise ValueError(f"min_run={self.min_run} exceeds chunk_max={self.chunk_max}")
         if self.link_tokens > self.min_run:
             raise ValueError(f"link_tokens={self.link_tokens} exceeds min_run={self.min_run}")
-        blend_only = {"selector", "recompute_min", "recompute_max", "decode_interval"}
-        given = sorted(blend_only & self.model_fields_set)
-        if self.mode == "exact_only" and self._differs(given):
-            raise ValueError(f"mode=exact_only recomputes nothing, so {given[0]} has no meaning")
+        if self.mode == "exact_only":
+            for name in ("selector", "recompute_min", "recompute_max", "decode_interval"):
+                # Options travel with all their values: a default spelt out is no contradiction.
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"mode=exact_only recomputes nothing, so {name} has no meaning"
+                    )
         return self
-
-    def _differs(self, names: list[str]) -> bool:
-        # Options travel with all their values, so a default that is spelt out is no contradiction.
-        fields = type(self).model_fields
-        return any(getattr(self, name) != fields[name].default for name in names)
 
 
 class KVSharePlugin(SchedulerPlugin, WorkerPlugin):
@@ -228,6 +228,10 @@ def _unsupported(config: VllmConfig) -> list[tuple[str, str, str]]:
         (
             parallel.decode_context_parallel_size > 1,
             ("--decode-context-parallel-size", "a token's KV would be split", "drop it"),
+        ),
+        (
+            config.cache_config.cache_dtype not in MOVABLE_DTYPES,
+            ("--kv-cache-dtype", "a quantised KV cache cannot be moved", "use 'auto'"),
         ),
         (
             config.lora_config is not None,

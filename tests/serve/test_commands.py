@@ -34,8 +34,15 @@ def vllm(*words: str) -> subprocess.CompletedProcess[str]:
             "--plugin spf: orders the waiting queue, and so does --scheduling-policy priority; "
             "drop --scheduling-policy or --plugin spf",
         ),
+        *(
+            (
+                f"bench {command} --model MODEL --plugin sarathi --no-enable-chunked-prefill",
+                "--plugin sarathi: needs chunked prefill; drop --no-enable-chunked-prefill",
+            )
+            for command in ("latency", "throughput --dataset-name random")
+        ),
     ],
-    ids=["option", "model", "api-servers"],
+    ids=["option", "model", "api-servers", "latency", "throughput"],
 )
 def test_refusals_are_one_line_without_a_trace(tiny_llama, words, message):
     done = vllm(*words.replace("MODEL", str(tiny_llama)).split(), *SERVE_DEFAULTS)
@@ -44,13 +51,29 @@ def test_refusals_are_one_line_without_a_trace(tiny_llama, words, message):
     assert done.stderr.rstrip().splitlines()[-1].startswith(f"vllm: error: {message}")
 
 
-def test_an_offline_command_says_why_and_stops(tiny_llama):
-    """Its front end makes the configuration out of our reach, so the engine's process refuses."""
-    words = ["--dataset-name", "random", "--plugin", "sarathi", "--no-enable-chunked-prefill"]
-    done = vllm("bench", "throughput", "--model", str(tiny_llama), *SERVE_DEFAULTS, *words)
+PROGRAM = """
+import sys, vllm_plugins
+from vllm import LLM
+if __name__ == "__main__":
+    LLM(sys.argv[1], enable_chunked_prefill=False, **vllm_plugins.engine_args("sarathi"))
+"""
+
+
+@pytest.mark.parametrize("processes", ["0", "1"])
+@pytest.mark.parametrize("allowed", [None, ""], ids=["entry point", "no entry point"])
+def test_a_program_gets_one_exception_that_says_why(tiny_llama, monkeypatch, processes, allowed):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", processes)
+    if allowed is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", allowed)
+    command = [sys.executable, "-c", PROGRAM, str(tiny_llama)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1
     message = "--plugin sarathi: needs chunked prefill; drop --no-enable-chunked-prefill"
-    assert message in done.stderr + done.stdout
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert last == f"vllm_plugins.errors.PluginError: {message}"
+    shown = done.stderr + done.stdout
+    assert shown.count("Traceback") == 1
+    assert "Engine core" not in shown
 
 
 def test_bench_throughput_runs_with_plugins(tiny_llama, tmp_path):

@@ -1,6 +1,7 @@
 """`--plugin` on every command line, in YAML and offline, and what it must not override."""
 
 import copy
+import dataclasses
 import json
 import pickle
 import sys
@@ -77,7 +78,10 @@ def test_every_command_with_engine_arguments_shows_the_flag(monkeypatch, capsys,
 
 
 def test_the_flag_expands_to_stock_arguments(from_command_line):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
     arguments = from_command_line("--plugin", "sarathi:tbt_slo_ms=40", "--plugin", "spf:gamma=3")
+    assert type(arguments) is AsyncEngineArgs
     assert arguments.scheduler_cls == SCHEDULER_HOST
     assert plugins_of(arguments) == {"sarathi": {"tbt_slo_ms": 40.0}, "spf": {"gamma": 3.0}}
     assert arguments.max_model_len == 2048
@@ -196,21 +200,48 @@ def test_the_same_value_as_the_plugins_is_no_conflict(from_command_line):
     assert arguments.scheduler_cls == SCHEDULER_HOST
 
 
-def test_an_engine_that_a_plugin_cannot_serve_is_refused_in_the_front_end(from_command_line):
+def pickled(arguments):
+    return pickle.loads(pickle.dumps(arguments))
+
+
+def as_an_offline_command_does(arguments):
+    """`LLM.from_engine_args` keeps the values and neither the object nor its class."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    names = {field.name for field in dataclasses.fields(EngineArgs)}
+    return EngineArgs(**{key: value for key, value in vars(arguments).items() if key in names})
+
+
+WAYS = [copy.deepcopy, pickled, as_an_offline_command_does]
+NEEDS_CHUNKS = "--plugin sarathi: needs chunked prefill; drop --no-enable-chunked-prefill"
+
+
+@pytest.mark.parametrize("sent", [lambda arguments: arguments, *WAYS])
+def test_a_command_refuses_an_engine_in_the_front_end_without_a_trace(from_command_line, sent):
     arguments = from_command_line("--plugin", "sarathi", "--no-enable-chunked-prefill")
     with pytest.raises(SystemExit) as refused:
+        sent(arguments).create_engine_config()
+    assert refused.value.code == f"vllm: error: {NEEDS_CHUNKS}"
+
+
+@pytest.mark.parametrize("stock", [True, False])
+def test_a_program_gets_an_exception_for_an_engine_that_is_refused(tiny_llama, stock):
+    from vllm.engine.arg_utils import EngineArgs
+
+    plain = {"scheduler_cls": SCHEDULER_HOST, "additional_config": {KEY: {"sarathi": {}}}}
+    offline = plain if stock else vllm_plugins.engine_args("sarathi")
+    arguments = EngineArgs(str(tiny_llama), enable_chunked_prefill=False, **offline)
+    with pytest.raises(PluginError) as refused:
         arguments.create_engine_config()
-    message = "--plugin sarathi: needs chunked prefill; drop --no-enable-chunked-prefill"
-    assert refused.value.code == f"vllm: error: {message}"
+    assert str(refused.value) == NEEDS_CHUNKS
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))])
-def test_engine_arguments_can_be_sent_to_another_process(from_command_line, copied):
+@pytest.mark.parametrize("sent", WAYS)
+def test_engine_arguments_can_be_sent_to_another_process(from_command_line, sent):
     arguments = from_command_line("--plugin", "sarathi:tbt_slo_ms=40")
-    twin = copied(arguments)
-    assert type(twin) is type(arguments)
-    assert twin == arguments
-    assert plugins_of(twin) == plugins_of(arguments)
+    twin = sent(arguments)
+    assert plugins_of(twin) == plugins_of(arguments) == {"sarathi": {"tbt_slo_ms": 40.0}}
+    assert vars(twin).items() <= vars(arguments).items()
 
 
 def test_offline_arguments():
@@ -237,6 +268,13 @@ def test_registering_again_changes_nothing():
 
     from vllm_plugins.activation import register
 
-    before = EngineArgs.add_cli_args, EngineArgs.from_cli_args.__func__
+    def hooked():
+        return (
+            EngineArgs.add_cli_args,
+            EngineArgs.from_cli_args.__func__,
+            EngineArgs.create_engine_config,
+        )
+
+    before = hooked()
     register()
-    assert (EngineArgs.add_cli_args, EngineArgs.from_cli_args.__func__) == before
+    assert hooked() == before

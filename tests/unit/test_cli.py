@@ -19,7 +19,7 @@ from vllm_plugins.registry import enable, entry_points, load, validate_options
 from vllm_plugins.settings import KEY, requested
 from vllm_plugins.spec import PluginSpec, parse_specs
 
-OWN = sorted(name for name, point in entry_points().items() if point.module.startswith(KEY))
+OWN = sorted(name for name, point in entry_points().items() if point.module.startswith(f"{KEY}."))
 # With options that show quoting, null, a choice and a boolean.
 SPECS = ("sarathi", "spf:gamma=0", "sarathi:tbt_slo_ms=40,order=fcfs,online_fit=true,profile=null")
 

@@ -29,6 +29,7 @@ PAGES = sorted(
         *ROOT.glob("*.md"),
         *ROOT.glob("docs/**/*.md"),
         *ROOT.glob("schedulers/*/README.md"),
+        *ROOT.glob("kv_connectors/*/README.md"),
         *ROOT.glob("examples/**/*.md"),
         *ROOT.glob("benchmarks/*.md"),
     ]

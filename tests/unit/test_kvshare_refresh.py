@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="torch comes with vLLM")
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm_plugins.kv_connectors.kvshare.refresh import Stale, attention_mass, observed_layers

@@ -150,3 +150,23 @@ def test_a_server_publishes_once_and_cleans_up(folder):
     own = Path(done.stdout.strip())
     assert own != folder
     assert not own.exists()
+
+
+def test_two_writers_of_one_process_share_its_files(folder):
+    """As the scheduler host and a KV connector do; neither overwrites what the other wrote."""
+    other = MetricSpec("d_total", "counter", "Another writer's counter.")
+    first, second = Metrics(SPECS, LABELS), Metrics([ACTIVE, other], LABELS)
+    first.inc("a_total", 2)
+    second.inc("d_total", 3)
+    first.set("active", 1, "one")
+    second.set("active", 1, "two")
+    first.observe("c_seconds", 0.7)
+    second.inc("d_total", 3)
+    first.inc("a_total", 5)
+    samples, _ = scrape(folder)
+    assert samples["a_total",] == 7
+    assert samples["d_total",] == 6
+    assert samples["active", ("plugin", "one")] == samples["active", ("plugin", "two")] == 1
+    assert samples["c_seconds_count",] == 1
+    names = [path.name for path in folder.iterdir()]
+    assert len(names) == len(set(names)) == 3

@@ -106,7 +106,8 @@ def test_with_and_without_a_scheduler_the_key_differs_in_our_entry_alone(make_co
     """The entry is the empty graph text, not the options, so it is the same for all of them."""
     config = make_config(**engine_args("sarathi"))
     plain = make_config().compute_hash()
-    assert config.compute_hash() == make_config(additional_config={KEY: "{}"}).compute_hash()
+    empty = make_config(additional_config={KEY: settings_of()})
+    assert config.compute_hash() == empty.compute_hash()
     config.additional_config = {}
     assert config.compute_hash() == plain
 
@@ -201,10 +202,15 @@ LONG_PREFILL = {"long_prefill_token_threshold": 64}
 )
 def test_engines_that_a_plugin_cannot_serve(make_config, monkeypatch, text, arguments, message):
     offer(monkeypatch, cudaonly="CudaPlugin", newrunner="RunnerV2Plugin")
-    config = make_config(**arguments, **engine_args(text))
-    with pytest.raises(PluginError) as refused:
+    on = engine_args(text)
+    with pytest.raises(PluginError) as in_front:
+        make_config(**arguments, **on)
+    # An engine looks again, and has nothing but the configuration.
+    config = make_config(**arguments)
+    config.additional_config = on["additional_config"]
+    with pytest.raises(PluginError) as in_engine:
         enabled_plugins(config)
-    assert str(refused.value) == message
+    assert str(in_front.value) == str(in_engine.value) == message
 
 
 def test_what_is_refused_above_is_served_otherwise(make_config):
@@ -280,9 +286,9 @@ def test_files_that_are_no_profile(make_config, tmp_path, content, reason):
 
 def test_a_target_that_no_step_can_meet(make_config, write_profile):
     path = write_profile(constant=0.5)
-    config = make_config(max_num_seqs=8, **engine_args("sarathi", profile=str(path), tbt_slo_ms=40))
+    on = engine_args("sarathi", profile=str(path), tbt_slo_ms=40)
     with pytest.raises(PluginError) as refused:
-        enabled_plugins(config)
+        make_config(max_num_seqs=8, **on)
     assert str(refused.value) == (
         "--plugin sarathi: tbt_slo_ms=40: a step of 2 decodes alone takes 500 ms here; "
         "allow at least 500 ms or lower --max-num-seqs"

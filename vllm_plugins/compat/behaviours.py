@@ -19,7 +19,8 @@ from vllm_plugins.plugin import SCHEDULER_HOST
 from vllm_plugins.settings import KEY, PluginSettings
 
 
-def _expect(true: bool, otherwise: str) -> None:
+def expect(true: bool, otherwise: str) -> None:
+    """Raise :class:`ContractError` with a message unless a condition is true."""
     if not true:
         raise ContractError(otherwise)
 
@@ -31,7 +32,7 @@ def entry_point_is_loaded() -> None:
     from vllm_plugins.activation import register
 
     found = load_plugins_by_group(DEFAULT_PLUGINS_GROUP)
-    _expect(found.get("vllm_plugins") is register, f"found only {sorted(found)}")
+    expect(found.get("vllm_plugins") is register, f"found only {sorted(found)}")
 
 
 def server_parser_has_the_flag() -> None:
@@ -44,7 +45,7 @@ def server_parser_has_the_flag() -> None:
     register()
     parser: argparse.ArgumentParser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
     flags = {flag for action in parser._actions for flag in action.option_strings}  # noqa: SLF001
-    _expect("--plugin" in flags, "the server's parser has no --plugin")
+    expect("--plugin" in flags, "the server's parser has no --plugin")
 
 
 def _config_with(graph: str, **options: Any) -> Any:
@@ -57,11 +58,11 @@ def _config_with(graph: str, **options: Any) -> Any:
 def options_change_the_hash_only_with_the_graph() -> None:
     """Options that change no graph leave the compile-cache key alone; the others change it."""
     plain = _config_with("{}", margin=1.2).compute_hash()
-    _expect(
+    expect(
         plain == _config_with("{}", margin=1.5).compute_hash(),
         "an option that changes no graph changes the compile-cache key",
     )
-    _expect(
+    expect(
         plain != _config_with('{"hip": {"top_k": 1}}', margin=1.2).compute_hash(),
         "an option that changes the graph does not change the compile-cache key",
     )
@@ -72,8 +73,8 @@ def settings_survive_pickling() -> None:
     config = _config_with("{}", margin=1.2)
     for name, seen in (("validated", config), ("pickled", pickle.loads(pickle.dumps(config)))):
         settings = seen.additional_config.get(KEY)
-        _expect(isinstance(settings, PluginSettings), f"{name}: settings became {type(settings)}")
-        _expect(settings.options == {"sarathi": {"margin": 1.2}}, f"{name}: options were lost")
+        expect(isinstance(settings, PluginSettings), f"{name}: settings became {type(settings)}")
+        expect(settings.options == {"sarathi": {"margin": 1.2}}, f"{name}: options were lost")
 
 
 def scheduler_class_may_be_a_function() -> None:
@@ -86,12 +87,12 @@ def scheduler_class_may_be_a_function() -> None:
 
     config = VllmConfig().scheduler_config
     config.scheduler_cls = SCHEDULER_HOST
-    _expect(config.get_scheduler_cls() is create_scheduler, "the factory is not resolved")
+    expect(config.get_scheduler_cls() is create_scheduler, "the factory is not resolved")
     config.scheduler_cls = None
     for overlapping, wanted in ((True, AsyncScheduler), (False, Scheduler)):
         config.async_scheduling = overlapping
         found: Any = config.get_scheduler_cls()
-        _expect(found is wanted, f"async_scheduling={overlapping} chooses {found}")
+        expect(found is wanted, f"async_scheduling={overlapping} chooses {found}")
 
 
 def _source_tree(function: Any) -> ast.AST:
@@ -108,8 +109,8 @@ def scheduler_is_made_by_keyword() -> None:
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "Scheduler"
     ]
     wanted = {"vllm_config", "kv_cache_config", "structured_output_manager"}
-    _expect(len(calls) == 1, f"the engine makes {len(calls)} schedulers")
-    _expect(wanted <= calls[0], f"the scheduler is made with {sorted(map(str, calls[0]))}")
+    expect(len(calls) == 1, f"the engine makes {len(calls)} schedulers")
+    expect(wanted <= calls[0], f"the scheduler is made with {sorted(map(str, calls[0]))}")
 
 
 def schedule_reads_the_limits() -> None:
@@ -123,12 +124,12 @@ def schedule_reads_the_limits() -> None:
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"
     }
     missing = {"max_num_scheduled_tokens", "running", "max_num_running_reqs"} - read
-    _expect(not missing, f"schedule() no longer reads {', '.join(sorted(missing))}")
+    expect(not missing, f"schedule() no longer reads {', '.join(sorted(missing))}")
     known = {"max_num_scheduled_tokens", "max_num_running_reqs", "max_num_active_reqs"}
     # Length and LoRA limits hold per request and per adapter: no plan changes them.
     known |= {"max_model_len", "max_num_encoder_input_tokens", "max_loras"}
     unknown = {name for name in read if name.startswith("max_")} - known
-    _expect(not unknown, f"schedule() reads new limits: {', '.join(sorted(unknown))}")
+    expect(not unknown, f"schedule() reads new limits: {', '.join(sorted(unknown))}")
 
 
 @contextmanager
@@ -171,7 +172,7 @@ def metric_files_are_read() -> None:
             )
         }
     wanted = {"contract_a_total": 3, "contract_b": 5, "contract_c_bucket": 1, "contract_c_sum": 1.5}
-    _expect(found == wanted, f"wrote {wanted}, read {found}")
+    expect(found == wanted, f"wrote {wanted}, read {found}")
 
 
 def collector_survives_vllm() -> None:
@@ -190,4 +191,4 @@ def collector_survives_vllm() -> None:
             shown = get_prometheus_registry().get_sample_value(f"{PREFIX}contract_d")
         finally:
             REGISTRY.unregister(collector)
-    _expect(shown == 7, f"the default registry shows {shown} instead of 7")
+    expect(shown == 7, f"the default registry shows {shown} instead of 7")

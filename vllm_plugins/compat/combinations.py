@@ -50,6 +50,11 @@ class Pair:
         return " + ".join(self.names)
 
 
+def names_of(key: str) -> list[str]:
+    """Return the names in a pair's key."""
+    return key.split(" + ")
+
+
 def own_plugins() -> list[str]:
     """Return the names of the plug-ins that this distribution ships."""
     points = entry_points().items()

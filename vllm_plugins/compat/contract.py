@@ -10,6 +10,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from vllm_plugins.versions import installed_vllm
+
 Kind = Literal[
     "module", "class", "object", "function", "attributes", "abstract methods", "behaviour"
 ]
@@ -36,6 +41,8 @@ class Contract:
             exist and no others.
         bases: Classes (as ``module:Class``) that a class derives from.
         check: Of a behaviour: raises :class:`ContractError` or returns.
+        vllm: Versions of vLLM that it is about, as a specifier; empty for all. On others nothing
+            relies on it.
     """
 
     symbol: str
@@ -46,6 +53,14 @@ class Contract:
     attributes: tuple[str, ...] = ()
     bases: tuple[str, ...] = ()
     check: Callable[[], None] | None = None
+    vllm: str = ""
+
+    @property
+    def applies(self) -> bool:
+        """Whether something relies on it under the installed vLLM."""
+        version = installed_vllm()
+        wanted = SpecifierSet(self.vllm, prereleases=True)
+        return version is None or Version(version.public) in wanted
 
     def verify(self) -> None:
         """Check the contract against the installed package.
@@ -78,6 +93,29 @@ class Contract:
         return ", ".join(self.attributes) or {"behaviour": "see the check"}.get(self.kind, "exists")
 
 
+def method(symbol: str, parameters: str, why: str, *used_in: str) -> Contract:
+    """Return the contract of a function with these parameters, separated by commas."""
+    names = tuple(name.strip() for name in parameters.split(",") if name.strip())
+    return Contract(symbol, "function", why, used_in, parameters=names)
+
+
+def has(
+    symbol: str, attributes: str, why: str, *used_in: str, kind: Kind = "attributes"
+) -> Contract:
+    """Return the contract of something with these attributes, separated by spaces."""
+    return Contract(symbol, kind, why, used_in, attributes=tuple(attributes.split()))
+
+
+def is_class(symbol: str, why: str, *used_in: str, bases: tuple[str, ...] = ()) -> Contract:
+    """Return the contract of a class with these bases."""
+    return Contract(symbol, "class", why, used_in, bases=bases)
+
+
+def behaves(symbol: str, check: Callable[[], None], why: str, *used_in: str) -> Contract:
+    """Return the contract of something that passes a check."""
+    return Contract(symbol, "behaviour", why, used_in, check=check)
+
+
 @dataclass(frozen=True)
 class Broken:
     """A contract that does not hold, and why."""
@@ -90,9 +128,12 @@ class Broken:
 
 
 def check_contracts(contracts: Iterable[Contract]) -> list[Broken]:
-    """Check contracts against what is installed and return those that do not hold."""
+    """Check contracts against what is installed and return those that do not hold.
+
+    A contract that is about other versions of vLLM is left out.
+    """
     broken = []
-    for contract in contracts:
+    for contract in filter(lambda contract: contract.applies, contracts):
         try:
             contract.verify()
         except ContractError as error:

@@ -35,10 +35,12 @@ for broken in check_contracts([*CONTRACTS, mine]):
     print(broken)
 ```
 
-In a list of parameters, `...` stands for any others and `[...]` for any others with a default.
+In a list of parameters, `...` stands for any others and `[...]` for any others with a default. A
+row with a range of versions is needed by a plug-in that runs on those alone, and checked there
+alone.
 
-| Symbol | Kind | Relied on | Why | Used in |
-|---|---|---|---|---|
+| Symbol | Kind | Relied on | Why | Used in | vLLM |
+|---|---|---|---|---|---|
 """
 
 
@@ -56,6 +58,7 @@ def _row(contract: Contract, uses: Iterable[Use]) -> str:
         f"`{contract.relies_on()}`" if contract.kind != "behaviour" else _what(contract),
         contract.why,
         ", ".join(f"`{name}`" for name in sorted(where)),
+        contract.vllm or "all",
     )
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 

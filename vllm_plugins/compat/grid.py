@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_plugins.compat.combinations import names_of
 from vllm_plugins.compat.one_version import PASSED, STOCK, Outcome
 
 PAGE, README = Path("docs/compatibility.md"), Path("README.md")
@@ -37,7 +38,7 @@ found, and why it is needed; a request that failed leaves its server's log in
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Return the grid; a cell says ``yes``, ``refused`` or ``no``, with a number for the latter."""
+    """Return the grid: ``yes``, ``no``, ``refused``, or the vLLM that a plug-in needs instead."""
     rows = [["", *(outcome.version for outcome in outcomes)], ["---"] * (len(outcomes) + 1)]
     rows.append(["contracts", *(_cell(outcome.contracts) for outcome in outcomes)])
     for name in _names(outcomes):
@@ -51,7 +52,11 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def _names(outcomes: Sequence[Outcome]) -> list[str]:
-    names = {name for outcome in outcomes for name in (*outcome.plugins, *outcome.refused)}
+    names = {
+        name
+        for outcome in outcomes
+        for name in (*outcome.plugins, *outcome.refused, *outcome.needs)
+    }
     return sorted(names - {STOCK})
 
 
@@ -62,14 +67,19 @@ def _cell(result: str) -> str:
 
 
 def _plugin_cell(outcome: Outcome, name: str) -> str:
+    if name in outcome.needs:
+        return f"needs {outcome.needs[name]}"
     if name in outcome.refused:
         return "refused"
     return _cell(outcome.plugins.get(name, ""))
 
 
 def _pair_cell(outcome: Outcome, key: str) -> str:
+    if key in outcome.pairs:
+        return _cell(outcome.pairs[key])
     # A pair with a plug-in that refuses this version is not tried.
-    return _cell(outcome.pairs[key]) if key in outcome.pairs else "refused"
+    needed = {outcome.needs[name] for name in names_of(key) if name in outcome.needs}
+    return f"needs {', '.join(sorted(needed))}" if needed else "refused"
 
 
 def page(outcomes: Sequence[Outcome]) -> str:

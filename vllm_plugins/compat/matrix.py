@@ -27,7 +27,9 @@ from vllm_plugins.compat.site import (
 from vllm_plugins.versions import supported_window
 
 MODEL_MAKER = Path("examples/models/tiny.py")
-MODEL = Path(".cache/models/tiny-llama")
+# Enough layers for plug-ins that treat the lower ones and the upper ones differently.
+LAYERS = 4
+MODEL = Path(f".cache/models/tiny-llama-layers{LAYERS}")
 RESULTS = CACHE / "results"
 LIMIT_S = 1800.0
 
@@ -142,9 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not MODEL_MAKER.exists():
         print(f"{MODEL_MAKER} is missing: run this in a checkout of the project", file=sys.stderr)
         return 2
-    subprocess.run(
-        [sys.executable, str(MODEL_MAKER), str(MODEL)], check=True, stdout=subprocess.DEVNULL
-    )
+    maker = [sys.executable, str(MODEL_MAKER), str(MODEL), "--layers", str(LAYERS)]
+    subprocess.run(maker, check=True, stdout=subprocess.DEVNULL)
     chosen = args.versions.split(",") if args.versions else list(supported_window().tested)
     outcomes = run_all(chosen, args.reuse)
     print("\n" + grid.table(outcomes))

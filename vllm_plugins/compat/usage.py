@@ -48,6 +48,11 @@ ELEMENT_TYPES = {
 """Upstream type of the elements of an attribute of this name."""
 OUR_ATTRIBUTES = {"output": f"{_OUTPUT}:SchedulerOutput"}
 """As ATTRIBUTE_TYPES, for attributes of our own classes alone."""
+NOT_UPSTREAM = {
+    ("kv_connectors/kvshare/connector.py", "scheduler"),
+    ("kv_connectors/kvshare/hit_rate_order.py", "scheduler"),
+}
+"""Attributes of our own classes that only have the name of an upstream one, by module."""
 
 OWN_PREFIX = "plugin_"
 """What our subclasses of upstream classes add to them."""
@@ -183,6 +188,13 @@ class _Finder(ast.NodeVisitor):
                 self._bind(target, self._type(node.value))
         self.generic_visit(node)
 
+    def visit_Assert(self, node: ast.Assert) -> None:
+        """Take the type that an ``assert isinstance(...)`` gives a name."""
+        test = node.test
+        if isinstance(test, ast.Call) and ast.unparse(test.func) == "isinstance":
+            self._bind(test.args[0], self._imported.get(ast.unparse(test.args[1]), ""))
+        self.generic_visit(node)
+
     def visit_For(self, node: ast.For) -> None:
         """Remember the type of the loop's variable."""
         self._bind(node.target, self._element(node.iter))
@@ -223,6 +235,8 @@ class _Finder(ast.NodeVisitor):
             return self._types.get(node.id, "") or self._imported.get(node.id, "")
         if isinstance(node, ast.Attribute):
             ours = not self._type(node.value)
+            if ours and (self._where, node.attr) in NOT_UPSTREAM:
+                return ""
             known = {**ATTRIBUTE_TYPES, **OUR_ATTRIBUTES} if ours else ATTRIBUTE_TYPES
             return known.get(node.attr, "")
         return ""
@@ -240,6 +254,7 @@ class _Finder(ast.NodeVisitor):
 def _defined_in(node: ast.ClassDef) -> set[str]:
     """Return the names that a class defines, or that its methods set as new on ``self``."""
     own = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+    own |= {ast.unparse(item.target) for item in node.body if isinstance(item, ast.AnnAssign)}
     for item in node.body:
         for inner in ast.walk(item):
             if isinstance(item, ast.FunctionDef) and item.name == "__init__":

@@ -1,0 +1,178 @@
+"""Behaviours of vLLM's workers, scheduler and KV connectors that plug-ins with KV rely on."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from vllm_plugins.compat.behaviours import expect
+from vllm_plugins.plugin import WORKER_HOST
+
+KVSHARE = "vllm_plugins.kv_connectors.kvshare"
+RUNNERS = (
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
+)
+ATTENTIONS = (
+    "vllm.model_executor.models.llama:LlamaAttention",
+    "vllm.model_executor.models.qwen2:Qwen2Attention",
+    "vllm.model_executor.models.qwen3:Qwen3Attention",
+)
+CONNECTOR_HOSTS = (
+    "vllm.v1.worker.kv_connector_model_runner_mixin",
+    "vllm.v1.worker.gpu.kv_connector",
+)
+
+
+def _named(symbol: str) -> Any:
+    module, _, name = symbol.partition(":")
+    return getattr(import_module(module), name)
+
+
+def _tree(thing: Any) -> ast.AST:
+    return ast.parse(textwrap.dedent(inspect.getsource(thing)))
+
+
+def _module_source(name: str) -> str:
+    """Return a module's source without importing it: another platform's may not import here."""
+    spec = find_spec(name)
+    expect(spec is not None and spec.origin is not None, f"there is no {name}")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).read_text()
+
+
+def _calls(tree: ast.AST, name: str) -> Iterator[ast.Call]:
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == name
+        ):
+            yield node
+
+
+def _line_of(tree: ast.AST, name: str) -> int:
+    lines = [call.lineno for call in _calls(tree, name)]
+    expect(len(lines) == 1, f"{name} is called {len(lines)} times")
+    return lines[0]
+
+
+def worker_class_is_made_on_demand() -> None:
+    """A worker's class is looked up with ``getattr``, so that the module can make it."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from vllm_plugins.engine.worker_host import PLATFORM_WORKERS, WorkerHost
+
+    found = resolve_obj_by_qualname(WORKER_HOST)
+    stock = [f"{base.__module__}.{base.__name__}" for base in found.__mro__]
+    expect(issubclass(found, WorkerHost), f"{WORKER_HOST} resolves to {found}")
+    expect(bool(set(stock) & set(PLATFORM_WORKERS.values())), f"it derives from {stock}")
+
+
+def platforms_choose_the_known_workers() -> None:
+    """Without ``--worker-cls`` the platforms choose the workers that the host derives from."""
+    from vllm_plugins.engine.worker_host import PLATFORM_WORKERS
+
+    for device, worker in PLATFORM_WORKERS.items():
+        source = _module_source(f"vllm.platforms.{device}")
+        expect(f'"{worker}"' in source, f"'{device}' no longer chooses {worker}")
+
+
+def _expect_stored(symbol: str, *wanted: str) -> None:
+    """Expect that a class sets attributes, in whichever method."""
+    stored = {
+        node.attr
+        for node in ast.walk(_tree(_named(symbol)))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    }
+    missing = set(wanted) - stored
+    expect(not missing, f"{symbol} does not set {', '.join(sorted(missing))}")
+
+
+def attention_has_a_rotary_embedding() -> None:
+    """The attention of each known decoder stack sets ``rotary_emb``."""
+    for symbol in ATTENTIONS:
+        _expect_stored(symbol, "rotary_emb")
+
+
+def runners_keep_groups_and_configuration() -> None:
+    """Both model runners keep attention groups and KV cache configuration, and return the model."""
+    for symbol in RUNNERS:
+        runner = _named(symbol)
+        _expect_stored(symbol, "attn_groups", "kv_cache_config")
+        expect(hasattr(runner, "get_model"), f"{symbol} has no get_model")
+
+
+def connector_exists_before_the_cache_is_ready() -> None:
+    """A worker makes its KV connector while it initialises the KV cache, not after."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    source = inspect.getsource(Worker.initialize_from_config)
+    expect("ensure_kv_transfer_initialized" in source, "the connector is made somewhere else")
+
+
+def loads_between_steps_follow_the_forward() -> None:
+    """Both runners call ``start_load_kv`` after the forward where no load is synchronous."""
+    for name in CONNECTOR_HOSTS:
+        source = _module_source(name)
+        calls = list(_calls(ast.parse(source), "start_load_kv"))
+        expect(len(calls) == 2, f"{name} calls start_load_kv at {len(calls)} places")
+        expect("has_sync_kv_loads" in source, f"{name} no longer tells loads apart")
+
+
+def orders_are_asked_for_before_tokens_count() -> None:
+    """In a step, blocks are told of first, then orders asked for, then computed tokens counted."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    tree = _tree(Scheduler.schedule)
+    told = _line_of(tree, "update_state_after_alloc")
+    asked = _line_of(tree, "_build_kv_connector_meta")
+    counted = _line_of(tree, "_update_after_schedule")
+    expect(told < asked < counted, f"the order is {told}, {asked}, {counted}")
+    later = _tree(Scheduler._update_after_schedule)  # noqa: SLF001
+    added = [
+        node
+        for node in ast.walk(later)
+        if isinstance(node, ast.AugAssign)
+        and isinstance(node.target, ast.Attribute)
+        and node.target.attr == "num_computed_tokens"
+    ]
+    expect(bool(added), "computed tokens are not counted in _update_after_schedule")
+
+
+def block_hashes_are_a_chain() -> None:
+    """A block's hash follows from the one before, so a random one hides all that come after."""
+    from vllm.sampling_params import SamplingParams
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core.kv_cache_utils import BlockHash, get_request_block_hasher, init_none_hash
+    from vllm.v1.request import Request
+
+    hash_function = get_hash_fn_by_name("sha256")
+    init_none_hash(hash_function)
+    hasher = get_request_block_hasher(4, hash_function)
+    request = Request("contract", list(range(16)), SamplingParams(), None, block_hasher=hasher)
+    before = list(request.block_hashes)
+    expect(len(before) == 4, f"4 blocks have {len(before)} hashes")
+    del request.block_hashes[1:]
+    request.block_hashes.append(BlockHash(bytes(32)))
+    request.update_block_hashes()
+    after = request.block_hashes
+    expect(len(after) == 4, f"{len(after)} hashes after an update")
+    expect(after[0] == before[0], "a block before the random hash changed")
+    expect(not set(after[1:]) & set(before), "a block after the random hash kept its own")
+
+
+def connectors_may_name_their_module() -> None:
+    """``kv_connector_module_path`` names a module of any package, which holds the connector."""
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    wanted = KVTransferConfig(**_named(f"{KVSHARE}.plugin:TRANSFER"))
+    found = KVConnectorFactory.get_connector_class(wanted)
+    expect(found is _named(f"{KVSHARE}.connector:KVShareConnector"), f"the factory finds {found}")
