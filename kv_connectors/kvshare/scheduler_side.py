@@ -318,6 +318,7 @@ class SchedulerSide:
         results = output.kv_connector_worker_meta
         if isinstance(results, Results):
             self._lose(results.lost)
+            self._decline(results.failed)
             self._metrics.inc(m.RECOMPUTED.name, sum(results.recomputed.values()))
             self._metrics.inc(m.REFRESHED.name, sum(results.refreshed.values()))
 
@@ -331,14 +332,18 @@ class SchedulerSide:
             del self._states[request_id]
 
     def _lose(self, keys: set[int]) -> None:
-        """Forget segments whose KV is gone; who waited for them is computed in full."""
+        """Forget segments whose KV is gone."""
         for key in keys:
             self._metrics.inc(m.LOST.name)
-            for state in self._states.values():
-                if state.used and any(segment.key == key for segment in state.used.segments):
-                    state.declined, state.used = True, None
             if key in self.index and self.index.remove(key):
                 self._orders.evicted.append(key)
+
+    def _decline(self, request_ids: set[str]) -> None:
+        """Have requests computed in full whose KV could not be put together."""
+        for request_id in request_ids:
+            state = self._states.get(request_id)
+            if state is not None:
+                state.declined, state.used, state.refreshed = True, None, None
 
     def ended(self, request: Request) -> None:
         """Drop a request that finished or was aborted."""

@@ -119,12 +119,14 @@ class Results(KVConnectorWorkerMetadata):
     """What a worker reports after a step.
 
     Attributes:
-        lost: Segments that could not be loaded or stored.
+        lost: Segments that could not be loaded.
+        failed: Requests that are given up because of that.
         recomputed: By request that is ready: how many reused tokens were computed again.
         refreshed: By decoding request: how many were, in this step.
     """
 
     lost: set[int] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
     recomputed: dict[str, int] = field(default_factory=dict)
     refreshed: dict[str, int] = field(default_factory=dict)
 
@@ -133,6 +135,7 @@ class Results(KVConnectorWorkerMetadata):
         assert isinstance(other, Results)
         return Results(
             self.lost | other.lost,
+            self.failed | other.failed,
             self.recomputed | other.recomputed,
             self.refreshed | other.refreshed,
         )

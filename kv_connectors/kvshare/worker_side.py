@@ -133,6 +133,7 @@ class WorkerSide:
         self._failed_blocks.update(reuse.block_ids[reuse.start // block :].tolist())
         self.kitchen.payloads.forget(error.key)
         self._results.lost.add(error.key)
+        self._results.failed.add(reuse.request_id)
 
     @torch.inference_mode()
     def save(self, saves: list[Save]) -> None:

@@ -120,6 +120,31 @@ def test_kv_that_is_lost_between_slices_is_computed_again(neutral, stock):
     neutral.assert_idle()
 
 
+def test_a_loss_changes_nothing_for_who_had_read_the_segment(neutral, stock):
+    neutral.forget()
+    neutral.greedy([prompt(0, 1, 2)])
+    neutral.add(PROMPTS[1], tokens=24)
+    while not neutral.scheduler.running:
+        neutral.engine.step()
+    [reader] = neutral.side._states.values()
+    for key in sorted(neutral.worker.kitchen.payloads._stored):
+        neutral.worker.kitchen.payloads.forget(key)
+    neutral.add(PROMPTS[3])
+    answers = {}
+    while neutral.engine.has_unfinished_requests():
+        for output in neutral.engine.step():
+            if output.finished:
+                answers[len(output.prompt_token_ids)] = output.outputs[0].token_ids
+        others = [s for s in neutral.side._states.values() if s is not reader]
+        if any(state.declined for state in others):
+            # Its KV is blended, whatever became of the sources: it must not pass for exact.
+            assert reader.used is not None and not reader.declined
+    assert answers[len(PROMPTS[1])] == stock[1][:24]
+    assert answers[len(PROMPTS[3])] == stock[3][:6]
+    # The index still names what was lost and not asked for again.
+    neutral.forget()
+
+
 def test_requests_can_opt_out(neutral):
     neutral.forget()
     params = {"kv_transfer_params": {"kvshare": {"store": False}}}
