@@ -142,16 +142,18 @@ def test_the_benchmark_compares_with_and_without(tiny_llama, tmp_path):
     assert all(0.3 < summary[f"generate_{c}"]["installed"]["ratio"]["median"] < 3 for c in CLOCKS)
 
 
-def test_the_benchmarks_ratios_are_taken_round_by_round():
+def test_the_benchmark_compares_batch_by_batch_and_round_by_round():
     summarise = runpy.run_path(str(BENCHMARK))["summarise"]
-    base = [1.0, 2.0, 4.0]
-    samples = {
-        "without": [{"x": value} for value in base],
-        "control": [{"x": value} for value in base],
-        "installed": [{"x": value * 1.1} for value in base],
-    }
-    row = summarise(samples)["x"]
-    assert row["without_s"] == 2.0
+    rounds = [
+        {
+            "without": {"x": [1.0 * slow, 2.0 * slow, 4.0 * slow]},
+            "control": {"x": [1.0 * slow, 2.0 * slow, 4.0 * slow]},
+            "installed": {"x": [1.1 * slow, 2.2 * slow, 8.0 * slow]},
+        }
+        for slow in (1, 10, 3)
+    ]
+    row = summarise(rounds)["x"]
+    assert row["without_s"] == 6.0
     assert row["control"]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
-    assert row["installed"]["ratio"]["median"] == pytest.approx(1.1)
-    assert row["installed"]["added_s"]["high"] == pytest.approx(0.4)
+    assert row["installed"]["ratio"] == pytest.approx({"median": 1.1, "low": 1.1, "high": 1.1})
+    assert row["installed"]["added_s"]["median"] == pytest.approx(0.6)
