@@ -10,9 +10,10 @@ import hashlib
 import hmac
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from vllm.v1.core.kv_cache_utils import BlockHash
 
 from vllm_plugins.kv_connectors.kvshare import metrics as m
 from vllm_plugins.kv_connectors.kvshare.chunking import ChunkSizes
@@ -243,15 +244,8 @@ class SchedulerSide:
         whole = position // block
         if whole < len(request.block_hashes):
             del request.block_hashes[whole:]
-            request.block_hashes.append(type(self).block_hash(os.urandom(32)))
+            request.block_hashes.append(BlockHash(os.urandom(32)))
             request.update_block_hashes()
-
-    @staticmethod
-    def block_hash(value: bytes) -> Any:
-        """Return a value of vLLM's type for block hashes."""
-        from vllm.v1.core.kv_cache_utils import BlockHash
-
-        return BlockHash(value)
 
     def _block_ids(self, request_id: str) -> np.ndarray:
         assert self._blocks is not None
