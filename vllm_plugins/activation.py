@@ -117,12 +117,16 @@ def _changes(args: argparse.Namespace) -> dict[str, Any]:
     """
     current = vars(args)
     try:
-        changes = expand(_specs(current, current.get("plugin") or []), current)
+        arguments = _expand(_specs(current, current.get("plugin") or []), current)
     except PluginError as error:
         raise _refusal(error) from None
-    if changes:
-        changes["additional_config"][KEY].from_command = True
-    return changes
+    if arguments is None:
+        return {}
+    if arguments.is_http_server:
+        # Not an engine argument: the server reads it from the command line once the engine is up.
+        args.middleware = list(dict.fromkeys([*(args.middleware or ()), *arguments.middleware]))
+    arguments.changes["additional_config"][KEY].from_command = True
+    return arguments.changes
 
 
 def _specs(current: Mapping[str, Any], texts: Sequence[str]) -> list[PluginSpec]:
@@ -148,8 +152,13 @@ def expand(specs: Sequence[PluginSpec], current: Mapping[str, Any]) -> dict[str,
     Raises:
         PluginError: A plug-in is refused.
     """
+    arguments = _expand(specs, current)
+    return {} if arguments is None else arguments.changes
+
+
+def _expand(specs: Sequence[PluginSpec], current: Mapping[str, Any]) -> EngineArguments | None:
     if not specs:
-        return {}
+        return None
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_plugins.metrics import publish_in_this_process
@@ -158,9 +167,9 @@ def expand(specs: Sequence[PluginSpec], current: Mapping[str, Any]) -> dict[str,
     # VLLM_PLUGINS leaves it out.
     register()
     enabled = enable(specs)
-    changes = configure(enabled, current, argument_defaults(EngineArgs))
+    arguments = configure(enabled, current, argument_defaults(EngineArgs))
     publish_in_this_process()
-    return changes
+    return arguments
 
 
 def argument_defaults(engine_args: type[Any]) -> dict[str, Any]:
@@ -176,7 +185,7 @@ def argument_defaults(engine_args: type[Any]) -> dict[str, Any]:
 
 def configure(
     enabled: Sequence[Enabled], current: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> dict[str, Any]:
+) -> EngineArguments:
     """Let each plug-in set its stock arguments and put all options into ``additional_config``."""
     arguments = EngineArguments(current, defaults)
     for item in enabled:
@@ -184,7 +193,8 @@ def configure(
         item.plugin.configure(item.options, arguments)
     additional = dict(current.get("additional_config") or {})
     additional[KEY] = PluginSettings.of(enabled)
-    return {**arguments.changes, "additional_config": additional}
+    arguments.changes["additional_config"] = additional
+    return arguments
 
 
 def engine_args(*specs: str, **options: Any) -> dict[str, Any]:

@@ -28,11 +28,25 @@ class EngineArguments:
         self._defaults = defaults
         self._owners: dict[str, str] = {}
         self.changes: dict[str, Any] = {}
+        self.middleware: list[str] = []
         self.plugin = ""
 
     def get(self, name: str) -> Any:
         """Return an argument as it stands now."""
         return self.changes.get(name, self._current.get(name))
+
+    @property
+    def is_http_server(self) -> bool:
+        """Whether these arguments start a server that loads ``--middleware``."""
+        return "middleware" in self._current
+
+    def add_middleware(self, name: str) -> None:
+        """Have an HTTP server pass every request through an ASGI middleware class.
+
+        Args:
+            name: Its dotted name. Engines without a server leave it out.
+        """
+        self.middleware.append(name)
 
     def is_set(self, name: str) -> bool:
         """Whether the user gave this argument a value of their own."""

@@ -121,6 +121,22 @@ class Metrics:
         bucket.write(bucket.value + 1)
         total.write(total.value + value)
 
+    def observe_counts(self, name: str, counts: Sequence[int], total: float) -> None:
+        """Add observations to a histogram that were counted elsewhere.
+
+        Args:
+            name: The histogram.
+            counts: Observations in each bucket, and last those above all bounds.
+            total: Sum of their values.
+        """
+        bounds = (*map(_bound, self._specs[name].buckets), "+Inf")
+        for bound, count in zip(bounds, counts, strict=True):
+            if count:
+                bucket = self._slot(name, bound)
+                bucket.write(bucket.value + count)
+        slot = self._slot(name, "sum")
+        slot.write(slot.value + total)
+
     def _slot(self, name: str, label: str) -> _Slot:
         slot = self._slots.get((name, label))
         if slot is None:

@@ -26,7 +26,7 @@ from vllm_plugins.kv_connectors.kvshare.deviation import (
     SelectorName,
     value_deviation,
 )
-from vllm_plugins.kv_connectors.kvshare.payloads import Payloads, Piece
+from vllm_plugins.kv_connectors.kvshare.payloads import Payloads, Piece, State
 from vllm_plugins.kv_connectors.kvshare.refresh import Stale
 from vllm_plugins.kv_connectors.kvshare.rope import PositionShift
 from vllm_plugins.kv_connectors.kvshare.transfer import Reuse
@@ -61,15 +61,12 @@ class Kitchen:
 
 
 class Blend:
-    """One request's KV in the making.
+    """One request's KV in the making; `close` it at the end, whatever the end is.
 
     Args:
         reuse: What to make.
         kitchen: What to make it with.
         seed: For the random selector; the same on every rank.
-
-    Raises:
-        LostSegmentError: A source is not stored as it should be.
     """
 
     def __init__(self, reuse: Reuse, kitchen: Kitchen, seed: int = 0) -> None:
@@ -77,15 +74,27 @@ class Blend:
         self._kitchen = kitchen
         self._seed = seed
         self._pieces = [Piece(s.key, s.offset, s.length) for s in reuse.sources]
-        kitchen.payloads.check(self._pieces)
+        self._lease = kitchen.payloads.lease(self._pieces)
         positions = [np.arange(s.start, s.start + s.length) for s in reuse.sources]
         self._reused = np.concatenate(positions)
         self.deviation = np.zeros(len(self._reused), np.float32)
+        self._mean_norm = 1.0
         self.chosen = np.zeros(len(self._reused), bool)
         self._steps = self._load_exact() if reuse.exact else self._blend()
 
+    def state(self) -> State:
+        """Return whether a slice may be worked on now.
+
+        The sources may still be on their way from the disk, or be lost, also between two slices.
+        """
+        return self._kitchen.payloads.state(self._lease)
+
+    def close(self) -> None:
+        """Let go of the sources."""
+        self._kitchen.payloads.release(self._lease)
+
     def advance(self, budget: float) -> tuple[bool, float]:
-        """Go on with the work.
+        """Go on with the work; the state is ready, on all ranks.
 
         Args:
             budget: Tokens through all layers that this slice may cost; it ends with the first piece
@@ -93,9 +102,6 @@ class Blend:
 
         Returns:
             Whether the KV is complete, and what the slice cost.
-
-        Raises:
-            LostSegmentError: A source went missing meanwhile.
         """
         spent = 0.0
         for cost in self._steps:
@@ -109,6 +115,10 @@ class Blend:
         """Reused tokens that were chosen to be computed again."""
         return int(self.chosen.sum())
 
+    def relative_deviation(self) -> np.ndarray:
+        """Return the reused tokens' deviations over the mean norm of their stored values."""
+        return self.deviation / max(self._mean_norm, float(np.finfo(np.float32).tiny))
+
     def stale(self, share: float) -> Stale:
         """Return the reused tokens that were not recomputed.
 
@@ -120,12 +130,14 @@ class Blend:
         return Stale(self._reused[kept], self.deviation[kept], allowance)
 
     def _load_exact(self) -> Iterator[float]:
+        self._kitchen.payloads.start(self._lease)
         self._load(range(self._kitchen.pages.num_layers))
         yield 0.0
 
     def _blend(self) -> Iterator[float]:
         check, layers = self._kitchen.recipe.check_layer, self._kitchen.pages.num_layers
         upper = range(check + 1, layers)
+        self._kitchen.payloads.start(self._lease)
         self._load(upper)
         span = self._rows(np.arange(self.reuse.start, self.reuse.end))
         yield from self._run(span, range(check + 1))
@@ -154,8 +166,8 @@ class Blend:
         """Write the stored KV of some layers to its new positions."""
         kitchen, device = self._kitchen, self._kitchen.pages.device
         origin = [np.arange(s.position, s.position + s.length) for s in self.reuse.sources]
-        source = torch.from_numpy(np.concatenate(origin)).to(device)
-        target = torch.from_numpy(self._reused).to(device)
+        source = torch.from_numpy(np.concatenate(origin)).to(device, non_blocking=True)
+        target = torch.from_numpy(self._reused).to(device, non_blocking=True)
         slots = self._slots(self._reused)
         for layer in layers:
             keys = kitchen.payloads.load(layer, 0, self._pieces)
@@ -164,13 +176,12 @@ class Blend:
 
     def _select(self, check: int) -> None:
         kitchen, recipe = self._kitchen, self._kitchen.recipe
-        # Segments may have been lost while the check layers ran.
-        kitchen.payloads.check(self._pieces)
         new = kitchen.pages.read_values(check, self._slots(self._reused))
         old = kitchen.payloads.load(check, 1, self._pieces)
         deviation, norm = kitchen.forward.sum_over_ranks(*value_deviation(new, old))
         self.deviation = deviation.cpu().numpy()
         reused = Reused(self.deviation, norm.cpu().numpy(), self._links(), self._seed)
+        self._mean_norm = float(reused.norm.mean())
         self.chosen = SELECTORS[recipe.selector](reused, recipe.budget)
 
     def _links(self) -> np.ndarray:

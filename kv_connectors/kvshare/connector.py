@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -17,6 +18,9 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_plugins.errors import PluginError
 from vllm_plugins.kv_connectors.kvshare import metrics
+from vllm_plugins.kv_connectors.kvshare.disk import Catalogue
+from vllm_plugins.kv_connectors.kvshare.fingerprint import fingerprint
+from vllm_plugins.kv_connectors.kvshare.plugin import resolved
 from vllm_plugins.kv_connectors.kvshare.scheduler_side import SchedulerSide
 from vllm_plugins.kv_connectors.kvshare.transfer import Orders
 from vllm_plugins.kv_connectors.kvshare.worker_side import WorkerSide
@@ -54,7 +58,7 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         options = _options(vllm_config)
         if role == KVConnectorRole.WORKER:
-            self.worker = WorkerSide(options)
+            self.worker = WorkerSide(options, _disk_folder(options, vllm_config))
         else:
             self.scheduler = _scheduler_side(options, vllm_config, kv_cache_config)
 
@@ -93,14 +97,18 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Drop a request; vLLM itself keeps the blocks of one that is still being loaded."""
-        self.scheduler.ended(request)
-        return False, None
+        return False, self.scheduler.ended(request)
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Drop a request, where vLLM counts blocks by group."""
         return self.request_finished(request, block_ids[0])
+
+    def shutdown(self) -> None:
+        """Leave the disk tier to another server."""
+        if self.role == KVConnectorRole.SCHEDULER:
+            self.scheduler.close()
 
     def reset_cache(self) -> bool | None:
         """Forget all stored KV, as when the weights change."""
@@ -136,10 +144,15 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
 def _options(config: VllmConfig) -> KVShareOptions:
     for item in enabled_plugins(config):
         if item.plugin.name == "kvshare":
-            return cast("KVShareOptions", item.options)
+            return resolved(cast("KVShareOptions", item.options), config)
     raise PluginError(
         "--kv-transfer-config", "KVShareConnector works only as a plug-in", "use --plugin kvshare"
     )
+
+
+def _disk_folder(options: KVShareOptions, config: VllmConfig) -> Path | None:
+    """Return the engine's own folder in the disk tier; None without one."""
+    return options.disk_path and options.disk_path / fingerprint(config, options)
 
 
 def _scheduler_side(
@@ -153,7 +166,10 @@ def _scheduler_side(
         )
     layers = len(groups[0].layer_names)
     bytes_per_token = layers * spec.page_size_bytes / spec.block_size
-    capacity = int(options.host_gib * GIB / bytes_per_token)
+    folder = _disk_folder(options, config)
+    catalogue = None if folder is None else Catalogue(folder.parent, folder.name)
+    # A disk tier holds all that is stored, and host memory is a cache of it.
+    capacity = int((options.disk_gib if catalogue else options.host_gib) * GIB / bytes_per_token)
     writer = Metrics([ACTIVE, *metrics.ALL], engine_labels(config))
     writer.set(ACTIVE.name, 1, "kvshare")
     for kind in ("exact", "blend"):
@@ -163,4 +179,4 @@ def _scheduler_side(
     if config.scheduler_config.scheduler_cls != SCHEDULER_HOST:
         # The scheduler host, where there is one, says this of all plug-ins.
         logger.info("vllm-plugins: kvshare is on (KV connector): %s", options.model_dump())
-    return SchedulerSide(options, spec.block_size, layers, capacity, writer)
+    return SchedulerSide(options, spec.block_size, layers, capacity, writer, catalogue)

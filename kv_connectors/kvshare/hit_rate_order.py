@@ -1,10 +1,11 @@
 """Order of waiting requests by how much of their prompt is stored.
 
 A request that reuses most of its prompt is through soon, and while it waits what it reuses may be
-evicted, so it goes first (KVShare, arXiv 2503.16525, abstract: admission by KV hit rate). The
-formula is **our guess**: the share of the prompt that is stored, plus the time it has waited over
-the time that weighs as much as a whole hit. Waiting adds up, so nobody waits for ever; and whoever
-was overtaken ``max_bypass`` times goes before all that were not, in order of arrival.
+evicted, so it goes first (KVShare, arXiv 2503.16525, abstract: admission by KV hit rate), among
+the requests of its tenant domain. The formula is **our guess**: the share of the prompt that is
+stored, plus the time it has waited over the time that weighs as much as a whole hit. Waiting adds
+up, so nobody waits for ever; and whoever was overtaken ``max_bypass`` times goes before all that
+were not, in order of arrival.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ class Waiting:
         hit: Share of its prompt that is stored, in [0, 1].
         bypassed: How often a later one was admitted before it.
         started: Whether it has been answering already and was preempted.
+        domain: Digest of the tenant domain; None where nothing is stored of the request.
     """
 
     arrived: float
     hit: float
     bypassed: int
     started: bool
+    domain: bytes | None = None
 
 
 def hit_rate_order(
@@ -53,6 +56,9 @@ def hit_rate_order(
         max_bypass: Whoever was overtaken this often goes first.
     """
 
+    def by_arrival(index: int) -> tuple[bool, float]:
+        return not waiting[index].started, waiting[index].arrived
+
     def key(index: int) -> tuple[int, float, float]:
         request = waiting[index]
         if request.started:
@@ -61,7 +67,14 @@ def hit_rate_order(
             return 1, request.arrived, 0.0
         return 2, -(request.hit + (now - request.arrived) / full_hit_seconds), request.arrived
 
-    return sorted(range(len(waiting)), key=key)
+    # Each domain keeps the places that arrival gives it, so that nobody's wait tells what another
+    # domain has stored.
+    places = sorted(range(len(waiting)), key=by_arrival)
+    own: dict[bytes | None, list[int]] = {}
+    for index in places:
+        own.setdefault(waiting[index].domain, []).append(index)
+    turns = {domain: iter(sorted(indices, key=key)) for domain, indices in own.items()}
+    return [next(turns[waiting[index].domain]) for index in places]
 
 
 class HitRatePolicy(SchedulerPolicy):
@@ -95,12 +108,14 @@ class HitRatePolicy(SchedulerPolicy):
         if len(plan.waiting) < 2:
             return
         requests, share = list(plan.waiting), self._share()
+        domain = self.facts.kv_connector.scheduler.domain
         waiting = [
             Waiting(
                 self._arrived[request.request_id],
                 share(request) if place < LOOKED_UP_PER_STEP else 0.0,
                 self._bypassed[request.request_id],
                 request.num_output_tokens > 0,
+                domain(request),
             )
             for place, request in enumerate(requests)
         ]

@@ -1,13 +1,7 @@
 """Which text is stored: look-up by content and by anchor, and what goes when room is needed.
 
-Everything is kept per tenant domain; no look-up sees another domain's text.
-
-**What is evicted.** A queue for new segments and one for proven ones, after S3-FIFO (Yang et al.
-2023). New segments that nobody reused go first, as long as they hold more than a tenth of the
-domain's tokens, so a flood of one-time text passes through that tenth. A reused segment moves to
-the proven ones, where every hit (up to three) spares it one eviction. Text that comes back after
-its eviction is recognised by its anchors, whatever surrounds it, and is proven at once, so a new
-working set needs two rounds to displace an old one. Segments in use by a plan are in neither queue.
+Everything is kept per tenant domain; no look-up sees another domain's text. In what order a
+domain's own segments go says ``domain_table.py``; segments in use by a plan do not.
 
 **Whose.** A domain that holds no more than its quota loses nothing to others for as long as it is
 active, so that nobody learns by filling the store that others have done so, or were there before.
@@ -20,105 +14,19 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
+from vllm_plugins.kv_connectors.kvshare.domain_table import DomainTable
 from vllm_plugins.kv_connectors.kvshare.segments import Draft, Segment
 
-NEW_SHARE = 0.1
-"""Part of a domain's tokens that segments which nobody reused yet are left with."""
+if TYPE_CHECKING:
+    from vllm_plugins.kv_connectors.kvshare.transfer import Label
 
 MAX_CHANCES = 3
 """Most evictions that a segment is spared because of its hits."""
-
-LEAST_GHOSTS = 64
-"""Anchors of evicted text that a domain remembers at least."""
-
-
-class _DomainTable:
-    """Segments of one domain: how they are found, and in what order they go."""
-
-    def __init__(self, anchor_places: int) -> None:
-        self.used = 0
-        self.evictable = 0
-        self.seen = 0.0
-        self.contents: dict[bytes, list[Segment]] = {}
-        self.anchors: dict[int, list[tuple[Segment, int]]] = {}
-        self._places = anchor_places
-        self._new: OrderedDict[int, Segment] = OrderedDict()
-        self._new_tokens = 0
-        self._proven: OrderedDict[int, Segment] = OrderedDict()
-        self._ghosts: OrderedDict[int, None] = OrderedDict()
-
-    def add(self, segment: Segment) -> None:
-        self.used += len(segment)
-        self.contents.setdefault(segment.content, []).append(segment)
-        hashes: list[int] = segment.anchors.hashes.tolist()
-        known = sum(anchor in self._ghosts for anchor in hashes)
-        segment.proven = 2 * known >= len(hashes) > 0
-        for anchor, offset in zip(hashes, segment.anchors.offsets.tolist(), strict=True):
-            places = self.anchors.setdefault(anchor, [])
-            places.append((segment, offset))
-            del places[: -self._places]
-        self.enqueue(segment)
-
-    def hide(self, segment: Segment) -> None:
-        """Let a segment be found no more."""
-        same = self.contents[segment.content]
-        same.remove(segment)
-        if not same:
-            del self.contents[segment.content]
-        for anchor in set(segment.anchors.hashes.tolist()):
-            places = [place for place in self.anchors.get(anchor, ()) if place[0] is not segment]
-            if places:
-                self.anchors[anchor] = places
-            else:
-                self.anchors.pop(anchor, None)
-
-    def enqueue(self, segment: Segment) -> None:
-        """Let a segment that nobody uses be evicted, after all others of its kind."""
-        self.evictable += len(segment)
-        if segment.proven:
-            self._proven[segment.key] = segment
-        else:
-            self._new[segment.key] = segment
-            self._new_tokens += len(segment)
-
-    def dequeue(self, segment: Segment) -> None:
-        """Keep a segment from being evicted."""
-        self.evictable -= len(segment)
-        if segment.proven:
-            del self._proven[segment.key]
-        else:
-            del self._new[segment.key]
-            self._new_tokens -= len(segment)
-
-    def next_victim(self) -> Segment | None:
-        """Return the queued segment that should go next; hits spare those before it."""
-        while self._new or self._proven:
-            crowded = self._new_tokens > NEW_SHARE * self.used
-            queue = self._new if self._new and (crowded or not self._proven) else self._proven
-            segment = next(iter(queue.values()))
-            if not segment.chances:
-                return segment
-            self._spare(segment)
-        return None
-
-    def _spare(self, segment: Segment) -> None:
-        self.dequeue(segment)
-        # All chances of a new segment buy its proof: its hits may all have been one burst.
-        segment.chances = segment.chances - 1 if segment.proven else 0
-        segment.proven = True
-        self.enqueue(segment)
-
-    def remember(self, segment: Segment) -> None:
-        """Remember the anchors of an evicted segment, for as many others as the domain holds."""
-        for anchor in segment.anchors.hashes.tolist():
-            self._ghosts[anchor] = None
-            self._ghosts.move_to_end(anchor)
-        while len(self._ghosts) > max(LEAST_GHOSTS, len(self.anchors)):
-            self._ghosts.popitem(last=False)
 
 
 @dataclass(frozen=True)
@@ -169,7 +77,7 @@ class SegmentIndex:
         self._next_key = 0
         self._segments: dict[int, Segment] = {}
         # By last use, the longest idle first.
-        self._domains: OrderedDict[bytes, _DomainTable] = OrderedDict()
+        self._domains: OrderedDict[bytes, DomainTable] = OrderedDict()
         self._borrowers: set[bytes] = set()
         self._doomed: set[int] = set()
 
@@ -248,14 +156,60 @@ class SegmentIndex:
             previous=previous,
             last_used=self._ticks,
         )
-        if previous:
-            previous.following = segment
-        self._segments[key] = segment
+        self._insert(segment)
+        return segment
+
+    def _insert(self, segment: Segment) -> None:
+        if segment.previous:
+            segment.previous.following = segment
+        self._segments[segment.key] = segment
         self.used += len(segment)
         self.version += 1
-        self._table(domain).add(segment)
-        self._note_quota(domain)
-        return segment
+        self._table(segment.domain).add(segment)
+        self._note_quota(segment.domain)
+
+    def restore(self, labels: Mapping[int, Label], first_key: int) -> None:
+        """Take back the segments of an earlier life, with their keys and links.
+
+        Args:
+            labels: By key. Where not all of them fit, the newest are taken.
+            first_key: Least key that a new segment may get; no key is used twice.
+        """
+        room, fitting = self.capacity - self.used, []
+        for key in sorted(labels, reverse=True):
+            if len(labels[key].tokens) <= room:
+                room -= len(labels[key].tokens)
+                fitting.append(key)
+        for key in reversed(fitting):
+            label = labels[key]
+            self._insert(
+                Segment(
+                    key=key,
+                    domain=label.domain,
+                    tokens=label.tokens,
+                    position=label.position,
+                    context=label.context,
+                    generation=label.generation,
+                    content=label.content,
+                    anchors=label.anchors,
+                    source=label.source,
+                    previous=self._left_neighbour(label),
+                    last_used=self._ticks,
+                )
+            )
+        self._next_key = max(self._next_key, first_key, max(labels, default=-1) + 1)
+
+    def _left_neighbour(self, label: Label) -> Segment | None:
+        """Return the segment that a restored one continues, if that is stored too."""
+        previous = self._segments.get(label.previous) if label.previous is not None else None
+        if (
+            previous is None
+            or previous.following is not None
+            or (previous.domain, previous.source) != (label.domain, label.source)
+            or previous.position + len(previous) != label.position
+        ):
+            return None
+        return previous
 
     def pin(self, segments: Iterable[Segment]) -> None:
         """Keep the segments of a plan from being evicted, and count that they were hit."""
@@ -306,10 +260,10 @@ class SegmentIndex:
                 evicted.append(segment.key)
         return evicted
 
-    def _givers(self, domain: bytes, tokens: int) -> list[tuple[_DomainTable, int]]:
+    def _givers(self, domain: bytes, tokens: int) -> list[tuple[DomainTable, int]]:
         """Return the domains that together give room, in order, and how much each keeps."""
         missing = self.used + tokens - self.capacity
-        givers: list[tuple[_DomainTable, int]] = []
+        givers: list[tuple[DomainTable, int]] = []
         if missing <= 0:
             return givers
         for table, floor in self._possible_givers(domain, tokens):
@@ -319,7 +273,7 @@ class SegmentIndex:
                 return givers
         return []
 
-    def _possible_givers(self, domain: bytes, tokens: int) -> Iterator[tuple[_DomainTable, int]]:
+    def _possible_givers(self, domain: bytes, tokens: int) -> Iterator[tuple[DomainTable, int]]:
         asking = self._domains.get(domain)
         lapsed = self._clock() - self._idle_seconds
         for table in takewhile(lambda table: table.seen < lapsed, self._domains.values()):
@@ -333,11 +287,11 @@ class SegmentIndex:
         if asking:
             yield asking, 0
 
-    def _table(self, domain: bytes) -> _DomainTable:
+    def _table(self, domain: bytes) -> DomainTable:
         """Return the table of a domain that has a request now."""
         table = self._domains.get(domain)
         if table is None:
-            table = self._domains[domain] = _DomainTable(self._anchor_places)
+            table = self._domains[domain] = DomainTable(self._anchor_places)
         table.seen = self._clock()
         self._domains.move_to_end(domain)
         return table

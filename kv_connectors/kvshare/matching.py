@@ -117,9 +117,9 @@ class Search:
         return Run(begin, segment, begin - shift, end - begin)
 
 
-def choose_runs(domain: bytes, text: Tokens, matches: Sequence[Match], min_run: int) -> list[Run]:
+def choose_runs(text: Tokens, matches: Sequence[Match], min_run: int) -> list[Run]:
     """Choose non-overlapping runs: the most tokens, exact ones before others."""
-    exact = _exact_matches(domain, text, matches)
+    exact = _exact_matches(text, matches)
     intervals = [
         Interval(match.start, match.end, _worth(match, i in exact), i)
         for i, match in enumerate(matches)
@@ -138,11 +138,18 @@ def _worth(match: Match, exact: bool) -> int:
     return APPROXIMATE_WORTH + (first.shift == 0) - 2 * min(first.segment.generation, 1000)
 
 
-def _exact_matches(domain: bytes, text: Tokens, matches: Sequence[Match]) -> set[int]:
+def _exact_matches(text: Tokens, matches: Sequence[Match]) -> set[int]:
     """Return the indices of matches whose source has the prompt's own left context."""
-    firsts = {i: match.runs[0] for i, match in enumerate(matches) if _may_be_exact(match, text)}
-    digests = context_digests(domain, text, (run.segment.position for run in firsts.values()))
-    return {i for i, run in firsts.items() if digests[run.segment.position] == run.segment.context}
+    firsts: dict[bytes, dict[int, Segment]] = {}
+    for i, match in enumerate(matches):
+        if _may_be_exact(match, text):
+            segment = match.runs[0].segment
+            firsts.setdefault(segment.domain, {})[i] = segment
+    exact: set[int] = set()
+    for domain, segments in firsts.items():
+        digests = context_digests(domain, text, (s.position for s in segments.values()))
+        exact.update(i for i, s in segments.items() if digests[s.position] == s.context)
+    return exact
 
 
 def _may_be_exact(match: Match, text: Tokens) -> bool:

@@ -2,6 +2,8 @@
 
 from vllm_plugins.metrics import MetricSpec
 
+DEVIATION_BUCKETS = (1e-5, 1e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+
 REQUESTS = MetricSpec(
     "kvshare_requests_total",
     "counter",
@@ -44,7 +46,14 @@ BYPASSES = MetricSpec(
     "counter",
     "Requests admitted before an earlier one because more of their prompt was stored.",
 )
+DEVIATION = MetricSpec(
+    "kvshare_relative_deviation",
+    "histogram",
+    "Squared deviation of a reused token's values at the check layer from what a full prefill "
+    "gives there, over the mean squared norm of the reused values.",
+    DEVIATION_BUCKETS,
+)
 STORED = MetricSpec("kvshare_stored_tokens", "gauge", "Tokens whose KV is stored.")
 SEGMENTS = MetricSpec("kvshare_stored_segments", "gauge", "Segments that are stored.")
 
-ALL = (REQUESTS, REUSED, GAPS, RECOMPUTED, REFRESHED, LOST, EVICTED, STORED, SEGMENTS)
+ALL = (REQUESTS, REUSED, GAPS, RECOMPUTED, REFRESHED, DEVIATION, LOST, EVICTED, STORED, SEGMENTS)

@@ -108,6 +108,7 @@ class Planner:
         min_run: Least length of a run, in tokens; at least 16.
         max_generation: Segments of a higher generation are neither used nor stored.
         chunk_sizes: Bounds of the chunks that are stored.
+        public: Digest of a domain whose text every other one may use too.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class Planner:
         min_run: int = 32,
         max_generation: int = 1,
         chunk_sizes: ChunkSizes | None = None,
+        public: bytes | None = None,
     ) -> None:
         if min_run < WINDOW:
             raise ValueError(f"min_run={min_run} is below {WINDOW}")
@@ -123,6 +125,7 @@ class Planner:
         self._min_run = min_run
         self._max_generation = max_generation
         self._chunks = chunk_sizes or ChunkSizes()
+        self._public = public
 
     def plan(self, domain: bytes, tokens: Iterable[int] | Tokens, start: int, end: int) -> Plan:
         """Plan the reuse for ``tokens[start:end]``.
@@ -135,14 +138,17 @@ class Planner:
         """
         text = as_tokens(tokens)[:end]
         search = Search(text, start, self._min_run)
-        for at, segment, offset in self._seeds(domain, text, start):
+        seeds = self._seeds(domain, text, start)
+        if self._public is not None and self._public != domain:
+            seeds += self._seeds(self._public, text, start)
+        for at, segment, offset in sorted(seeds, key=lambda seed: seed[0]):
             if segment.generation <= self._max_generation:
                 search.extend(at, segment, offset)
-        runs = choose_runs(domain, text, search.matches, self._min_run)
+        runs = choose_runs(text, search.matches, self._min_run)
         return Plan(start, end, tuple(runs), self._index.version)
 
     def _seeds(self, domain: bytes, text: Tokens, start: int) -> list[tuple[int, Segment, int]]:
-        """Return ``(position, segment, offset)`` of what may be equal, by position."""
+        """Return ``(position, segment, offset)`` of what may be equal to a domain's text."""
         hashes = WindowHash(domain)(text)
         seeds: list[tuple[int, Segment, int]] = []
         bounds = self._chunks.bounds(hashes, len(text))
@@ -155,7 +161,6 @@ class Planner:
         for at, places in zip((anchors.offsets + start).tolist(), found, strict=True):
             for segment, offset in places:
                 seeds.append((at, segment, offset))
-        seeds.sort(key=lambda seed: seed[0])
         return seeds
 
     def new_segments(

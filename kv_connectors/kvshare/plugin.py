@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -23,6 +25,7 @@ TRANSFER = {
     "kv_role": "kv_both",
     "kv_load_failure_policy": "recompute",
 }
+FRONT_DOOR = "vllm_plugins.kv_connectors.kvshare.front_door.TenantFrontDoor"
 # Methods of speculative decoding whose drafter reads nothing but token ids.
 TOKEN_DRAFTERS = frozenset({"ngram", "suffix"})
 
@@ -41,6 +44,29 @@ class KVShareOptions(Options):
         "dhd",
         description="Rule that chooses the reused tokens to recompute: dhd is KVShare's, "
         "cacheblend and epic are those methods', random and none are for comparison.",
+    )
+    sharing_scope: Literal["request_salt", "tenant", "public_canonical"] = Field(
+        "request_salt",
+        description="Whose KV a request may use. request_salt: that of requests with the same "
+        "cache_salt, which a gateway sets; tenant: that of its tenant, whom the server itself "
+        "tells by API key or by tenant_header; public_canonical: that and what the operator has "
+        "registered for all.",
+    )
+    tenant_secret_file: Path | None = Field(
+        None,
+        description="File with a secret of at least 32 bytes, from which the tenants' domains "
+        "follow.",
+    )
+    tenant_header: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9-]{1,64}$",
+        description="HTTP header that names the tenant, which a gateway in front sets; by default "
+        "the tenant is the API key.",
+    )
+    operator_key_file: Path | None = Field(
+        None,
+        description="File with the key, of at least 32 bytes, by which the operator may look at, "
+        "register and evict what is stored.",
     )
     min_run: int = Field(32, ge=16, le=4096, description="Shortest text that is reused, in tokens.")
     min_reuse: int = Field(
@@ -90,11 +116,12 @@ class KVShareOptions(Options):
         le=1,
         description="Largest share of the reused tokens that is computed again while decoding.",
     )
-    fix_tokens_per_step: int = Field(
-        2048,
+    fix_tokens_per_step: int | None = Field(
+        None,
         ge=1,
         description="Tokens through all layers that blending may cost between two steps, so that "
-        "other requests' decodes go on.",
+        "other requests' decodes go on. By default 2048, or --max-num-batched-tokens if that is "
+        "smaller.",
     )
     order: Literal["arrival", "hit_rate"] = Field(
         "arrival",
@@ -115,6 +142,20 @@ class KVShareOptions(Options):
     host_gib: float = Field(
         4.0, gt=0, description="Host memory for stored KV in each worker, in GiB."
     )
+    disk_path: Path | None = Field(
+        None,
+        description="Folder in which stored KV is kept on disk, also beyond the server's life; "
+        "host memory is then a cache of it. By default nothing is written to disk.",
+    )
+    disk_gib: float = Field(
+        16.0, gt=0, description="With disk_path, disk space for stored KV of each worker, in GiB."
+    )
+    device_gib: float = Field(
+        0.0,
+        ge=0,
+        description="Device memory in each worker for stored KV that is used again and again, in "
+        "GiB, taken from what vLLM would use for its KV cache.",
+    )
     max_generation: int = Field(
         1,
         ge=0,
@@ -131,6 +172,7 @@ class KVShareOptions(Options):
             raise ValueError(f"min_run={self.min_run} exceeds chunk_max={self.chunk_max}")
         if self.link_tokens > self.min_run:
             raise ValueError(f"link_tokens={self.link_tokens} exceeds min_run={self.min_run}")
+        _check_scope(self)
         if self.mode == "exact_only":
             for name in ("selector", "recompute_min", "recompute_max", "decode_interval"):
                 # Options travel with all their values: a default spelt out is no contradiction.
@@ -139,6 +181,17 @@ class KVShareOptions(Options):
                         f"mode=exact_only recomputes nothing, so {name} has no meaning"
                     )
         return self
+
+
+DEFAULT_FIX_TOKENS = 2048
+
+
+def resolved(options: KVShareOptions, config: VllmConfig) -> KVShareOptions:
+    """Return the options with those defaults filled in that follow from the engine's."""
+    if options.fix_tokens_per_step is not None:
+        return options
+    most = min(DEFAULT_FIX_TOKENS, config.scheduler_config.max_num_batched_tokens)
+    return options.model_copy(update={"fix_tokens_per_step": most})
 
 
 class KVSharePlugin(SchedulerPlugin, WorkerPlugin):
@@ -166,6 +219,8 @@ class KVSharePlugin(SchedulerPlugin, WorkerPlugin):
     def configure(self, options: KVShareOptions, arguments: EngineArguments) -> None:
         """Choose the worker host, the connector and, where it orders, the scheduler host."""
         WorkerPlugin.configure(self, options, arguments)
+        if options.sharing_scope != "request_salt":
+            _open_front_door(options, arguments)
         if self.orders_waiting(options):
             SchedulerPlugin.configure(self, options, arguments)
         theirs = arguments.get("kv_transfer_config")
@@ -183,6 +238,21 @@ class KVSharePlugin(SchedulerPlugin, WorkerPlugin):
         from vllm_plugins.engine.partial_forward import check_architecture
 
         check_architecture("--plugin kvshare", config.model_config.architectures)
+        _check_keys(options)
+        if options.device_gib and config.device_config.device_type == "cpu":
+            raise PluginError(
+                f"--plugin kvshare: device_gib={options.device_gib:g}",
+                "there is no device memory apart from the host's",
+                "drop it and raise host_gib",
+            )
+        most = config.scheduler_config.max_num_batched_tokens
+        if options.fix_tokens_per_step is not None and options.fix_tokens_per_step > most:
+            raise PluginError(
+                f"--plugin kvshare: fix_tokens_per_step={options.fix_tokens_per_step}",
+                f"exceeds --max-num-batched-tokens, {most}, so that a step would be longer than "
+                "any other",
+                "lower it or raise --max-num-batched-tokens",
+            )
         layers = config.model_config.get_total_num_hidden_layers()
         if options.check_layer > layers - 2:
             raise PluginError(
@@ -208,9 +278,49 @@ class KVSharePlugin(SchedulerPlugin, WorkerPlugin):
 
     def listener(self, options: KVShareOptions, config: VllmConfig) -> KVShareListener:
         """Make the part of one worker."""
+        from vllm_plugins.kv_connectors.kvshare.device_tier import ArenaSize
         from vllm_plugins.kv_connectors.kvshare.worker_side import KVShareListener
 
-        return KVShareListener()
+        arena = ArenaSize.of(config, options.device_gib) if options.device_gib else None
+        return KVShareListener(arena)
+
+
+def _check_scope(options: KVShareOptions) -> None:
+    """Refuse options of a scope that is not chosen, and a scope without what it needs."""
+    scope = options.sharing_scope
+    if scope != "request_salt" and options.tenant_secret_file is None:
+        raise ValueError(f"sharing_scope={scope} needs tenant_secret_file")
+    if scope == "public_canonical" and options.operator_key_file is None:
+        raise ValueError("sharing_scope=public_canonical needs operator_key_file")
+    for name in ("tenant_secret_file", "tenant_header"):
+        if scope == "request_salt" and getattr(options, name) is not None:
+            raise ValueError(f"{name} has no meaning with sharing_scope=request_salt")
+
+
+def _open_front_door(options: KVShareOptions, arguments: EngineArguments) -> None:
+    """Let the server tell its requests' tenants.
+
+    Raises:
+        PluginError: Nobody vouches for the tenants' names.
+    """
+    arguments.add_middleware(FRONT_DOOR)
+    keys = arguments.get("api_key") or os.environ.get("VLLM_API_KEY")
+    if arguments.is_http_server and options.tenant_header is None and not keys:
+        raise PluginError(
+            f"--plugin kvshare: sharing_scope={options.sharing_scope}",
+            "tells tenants by their API keys, and the server checks none",
+            "set --api-key, or tenant_header behind a gateway that sets it",
+        )
+
+
+def _check_keys(options: KVShareOptions) -> None:
+    """Refuse secrets that cannot be read, before the engine starts."""
+    from vllm_plugins.kv_connectors.kvshare.tenancy import read_key
+
+    for name in ("tenant_secret_file", "operator_key_file"):
+        path = getattr(options, name)
+        if path is not None:
+            read_key(f"--plugin kvshare: {name}", path)
 
 
 def _unsupported(config: VllmConfig) -> list[tuple[str, str, str]]:

@@ -6,21 +6,24 @@ the workers make that true (``blend.py``) and is then scheduled from the end of 
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from vllm.v1.core.kv_cache_utils import BlockHash
+from vllm.v1.request import RequestStatus
 
 from vllm_plugins.kv_connectors.kvshare import metrics as m
 from vllm_plugins.kv_connectors.kvshare.chunking import ChunkSizes
-from vllm_plugins.kv_connectors.kvshare.index import SegmentIndex
+from vllm_plugins.kv_connectors.kvshare.domains import Domains
+from vllm_plugins.kv_connectors.kvshare.index import SegmentIndex, Stored
+from vllm_plugins.kv_connectors.kvshare.operator_desk import OperatorDesk, Order
 from vllm_plugins.kv_connectors.kvshare.planner import Plan, Planner
 from vllm_plugins.kv_connectors.kvshare.segments import Run, Segment, Tokens, as_tokens
+from vllm_plugins.kv_connectors.kvshare.tenancy import OperatorOrders, read_key
 from vllm_plugins.kv_connectors.kvshare.transfer import (
+    Label,
     Orders,
     Refresh,
     Results,
@@ -37,11 +40,14 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+    from vllm_plugins.kv_connectors.kvshare.disk import Catalogue
     from vllm_plugins.kv_connectors.kvshare.plugin import KVShareOptions
     from vllm_plugins.metrics import Metrics
 
 # Blending must promise to save this share of a span's work, or the request is left alone.
 LEAST_SAVING = 0.1
+# Ends of a request that reach its sender; an aborted one has none any more.
+ANSWERED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 
 @dataclass
@@ -51,7 +57,7 @@ class RequestState:
     Attributes:
         request: vLLM's own object.
         tokens: Its prompt, int32, shape (n,).
-        domain: Digest of the tenant domain.
+        domain: Digest of the tenant domain; None where it shares with nobody.
         planned: The last plan, whether or not it was carried out.
         used: The plan by which its KV was made; None where nothing was reused.
         pinned: Segments that are kept until the workers have read them.
@@ -61,11 +67,13 @@ class RequestState:
         share: Share of its prompt that is stored, as of ``share_version`` of the index.
         share_version: Version of the index at the last look-up by the waiting order.
         declined: Whether it is to be computed in full, after a load that failed.
+        order: What the server's operator orders by it.
+        answer: What the operator is told when it ends.
     """
 
     request: Request
     tokens: Tokens
-    domain: bytes
+    domain: bytes | None
     planned: Plan | None = None
     used: Plan | None = None
     pinned: list[Segment] = field(default_factory=list)
@@ -75,6 +83,21 @@ class RequestState:
     share: float = 0.0
     share_version: int = -1
     declined: bool = False
+    order: Order | None = None
+    answer: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def may_reuse(self) -> bool:
+        """Whether stored KV may serve it."""
+        barred = self.domain is None or self.declined or self.order is not None
+        return not barred and _wants(self.request, "reuse")
+
+    @property
+    def may_store(self) -> bool:
+        """Whether its KV may be stored, once complete."""
+        if self.order is not None:
+            return self.order.do == "register"
+        return self.domain is not None and _wants(self.request, "store")
 
 
 class SchedulerSide:
@@ -86,24 +109,41 @@ class SchedulerSide:
         layers: Decoder layers of the model.
         capacity: Tokens that the workers' host memory holds.
         metrics: Where to count.
+        catalogue: The disk tier, from which the index is refilled; None without one.
     """
 
     def __init__(
-        self, options: KVShareOptions, block_size: int, layers: int, capacity: int, metrics: Metrics
+        self,
+        options: KVShareOptions,
+        block_size: int,
+        layers: int,
+        capacity: int,
+        metrics: Metrics,
+        catalogue: Catalogue | None = None,
     ) -> None:
         self._options = options
         self._block = block_size
         # Share of a token's work that is spent on it even when it is reused.
         self._always = (options.check_layer + 1) / layers
         self.index = SegmentIndex(capacity)
+        self._catalogue = catalogue
+        self._domains = Domains(options, catalogue.domain_key if catalogue else os.urandom(32))
+        public = self._domains.public
         sizes = ChunkSizes(options.chunk_min, options.chunk_max)
-        self._planner = Planner(self.index, options.min_run, options.max_generation, sizes)
+        self._planner = Planner(self.index, options.min_run, options.max_generation, sizes, public)
+        self._desk = OperatorDesk(_operator_orders(options), self.index, public)
         self._metrics = metrics
-        # Domains are known by a keyed digest: nobody can guess another tenant's from its salt.
-        self._secret = os.urandom(32)
         self._states: dict[str, RequestState] = {}
         self._orders = Orders()
         self._blocks: KVCacheManager | None = None
+        if catalogue is not None:
+            self.index.restore(catalogue.labels(), catalogue.first_key)
+            self._orders.known = list(self.index)
+
+    def close(self) -> None:
+        """Let another server use the disk tier."""
+        if self._catalogue is not None:
+            self._catalogue.close()
 
     def bind(self, manager: KVCacheManager) -> None:
         """Take vLLM's KV cache manager, which knows the requests' blocks."""
@@ -117,7 +157,7 @@ class SchedulerSide:
             computed: Tokens that the prefix cache holds for it, a multiple of the block size.
         """
         state = self._state(request)
-        if state is None or state.declined or not _wants(request, "reuse"):
+        if state is None or not state.may_reuse:
             return 0
         plan = self._plan(state, computed)
         return 0 if plan is None else plan.end - computed
@@ -125,13 +165,17 @@ class SchedulerSide:
     def stored_share(self, request: Request) -> float:
         """Return the share of a waiting request's prompt that is stored, in [0, 1]."""
         state = self._state(request)
-        if state is None or state.declined or not _wants(request, "reuse"):
+        if state is None or state.domain is None or not state.may_reuse:
             return 0.0
         if state.share_version != self.index.version:
             plan = self._planner.plan(state.domain, state.tokens, 0, len(state.tokens))
             state.share = plan.reused / max(len(state.tokens), 1)
             state.share_version = self.index.version
         return state.share
+
+    def domain(self, request: Request) -> bytes | None:
+        """Return the digest of a request's tenant domain; None where it shares with nobody."""
+        return self._domains.of(request.cache_salt)
 
     def _state(self, request: Request) -> RequestState | None:
         """Return a request's state; None where its text does not say what its KV is."""
@@ -141,17 +185,25 @@ class SchedulerSide:
             if request.prompt_token_ids is None or mixed:
                 return None
             tokens = as_tokens(request.prompt_token_ids)
-            state = RequestState(request, tokens, self._domain(request))
+            state = RequestState(request, tokens, self.domain(request))
             self._states[request.request_id] = state
+            self._take_order(state)
         return state
 
-    def _domain(self, request: Request) -> bytes:
-        salt = request.cache_salt
-        text = b"shared" if salt is None else b"salt:" + salt.encode()
-        return hmac.new(self._secret, text, hashlib.sha256).digest()
+    def _take_order(self, state: RequestState) -> None:
+        """See whether a request comes from the server's operator."""
+        order = state.order = self._desk.order(state.request)
+        if order is None or order.do != "register":
+            return
+        refusal = self._desk.refusal(order)
+        if refusal:
+            state.answer, state.stored = {"error": refusal}, True
+        else:
+            state.domain = self._domains.public
 
     def _plan(self, state: RequestState, computed: int) -> Plan | None:
         """Plan from the end of the prefix hit on; None where reuse does not pay."""
+        assert state.domain is not None
         known = state.planned
         if known is None or known.start != computed or known.version != self.index.version:
             # The last token is always computed by vLLM, which samples from it.
@@ -277,20 +329,35 @@ class SchedulerSide:
         if request.num_computed_tokens + scheduled < len(state.tokens):
             return
         state.stored = True
-        if not _wants(request, "store") or (request.num_preemptions and state.used):
+        if not state.may_store or (request.num_preemptions and state.used):
             # After a preemption the prefix cache may have given back approximate blocks.
             return
-        drafts = self._planner.new_segments(
-            state.domain, state.tokens, state.used, 0, len(state.tokens)
-        )
-        stored = self.index.store(state.domain, drafts)
+        stored = self._store(state)
         self._orders.evicted += stored.evicted
+        if state.order is not None:
+            state.answer, gone = self._desk.registered(state.order, stored)
+            self._orders.evicted += gone
         blocks = self._block_ids(request.request_id)
         self._orders.saves += [
-            Save(segment.key, segment.position, len(segment), blocks)
+            Save(segment.key, segment.position, len(segment), blocks, self._label(segment))
             for segment in stored.segments
             if segment is not None
         ]
+
+    def _label(self, segment: Segment) -> Label | None:
+        return None if self._catalogue is None else Label.of(segment)
+
+    def _store(self, state: RequestState) -> Stored:
+        assert state.domain is not None
+        start, done = 0, state.used
+        if state.order is not None:
+            # All of it, whatever is stored already: each canonical text goes by itself.
+            start = min(state.order.context, len(state.tokens))
+            done = Plan(start, len(state.tokens), (), self.index.version)
+        drafts = self._planner.new_segments(
+            state.domain, state.tokens, done, start, len(state.tokens)
+        )
+        return self.index.store(state.domain, drafts)
 
     def _refresh_if_due(self, state: RequestState, last: int) -> None:
         request = state.request
@@ -315,6 +382,8 @@ class SchedulerSide:
             self._decline(results.failed)
             self._metrics.inc(m.RECOMPUTED.name, sum(results.recomputed.values()))
             self._metrics.inc(m.REFRESHED.name, sum(results.refreshed.values()))
+            for counts, total in results.deviations.values():
+                self._metrics.observe_counts(m.DEVIATION.name, counts, total)
 
     def _release(self, request_id: str) -> None:
         state = self._states.get(request_id)
@@ -331,6 +400,7 @@ class SchedulerSide:
             self._metrics.inc(m.LOST.name)
             if key in self.index and self.index.remove(key):
                 self._orders.evicted.append(key)
+            self._orders.evicted += self._desk.lost(key)
 
     def _decline(self, request_ids: set[str]) -> None:
         """Have requests computed in full whose KV could not be put together."""
@@ -339,16 +409,30 @@ class SchedulerSide:
             if state is not None:
                 state.declined, state.used, state.refreshed = True, None, None
 
-    def ended(self, request: Request) -> None:
-        """Drop a request that finished or was aborted."""
+    def ended(self, request: Request) -> dict[str, Any] | None:
+        """Drop a request that finished or was aborted.
+
+        Returns:
+            What its sender is told beside the output: the answer to an operator's order.
+        """
         state = self._states.get(request.request_id)
         if state is None:
-            return
+            return None
         if state.loading:
             # The workers still write to its blocks; they say when they no longer do.
             self._orders.cancelled.append(request.request_id)
         else:
             del self._states[request.request_id]
+        return self._answer(state)
+
+    def _answer(self, state: RequestState) -> dict[str, Any] | None:
+        order, finished = state.order, state.request.status in ANSWERED
+        if order is None or not finished:
+            return None
+        if order.do != "register":
+            state.answer, gone = self._desk.carry_out(order)
+            self._orders.evicted += gone
+        return {"kvshare": {"operator": state.answer}}
 
     def reset(self) -> bool:
         """Forget everything that is stored, as when the weights change.
@@ -356,9 +440,17 @@ class SchedulerSide:
         Returns:
             Whether nothing was in use, so that all is gone.
         """
-        gone = [key for key in list(self.index) if self.index.remove(key)]
+        gone = self._desk.release_all()
+        gone += [key for key in list(self.index) if self.index.remove(key)]
         self._orders.evicted += gone
         return not len(self.index)
+
+
+def _operator_orders(options: KVShareOptions) -> OperatorOrders | None:
+    path = options.operator_key_file
+    if path is None:
+        return None
+    return OperatorOrders(read_key("--plugin kvshare: operator_key_file", path))
 
 
 def _wants(request: Request, what: str) -> bool:

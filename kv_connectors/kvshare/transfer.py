@@ -6,12 +6,17 @@ Everything here crosses process boundaries inside vLLM's own messages.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorWorkerMetadata,
 )
+
+if TYPE_CHECKING:
+    from vllm_plugins.kv_connectors.kvshare.anchors import Anchors
+    from vllm_plugins.kv_connectors.kvshare.segments import Segment
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,48 @@ class Reuse:
         return len(self.token_ids)
 
 
+@dataclass(frozen=True, eq=False)
+class Label:
+    """What is known of a segment beside its KV: with it in the file, the index can be refilled.
+
+    Attributes:
+        domain: Digest of its tenant domain.
+        tokens: Its token ids, int32, shape (n,).
+        content: Digest of its tokens.
+        context: Digest of the domain and all token ids before it.
+        position: Position of its first token when its KV was computed.
+        generation: See `Segment`.
+        source: Names the computed text that it is part of.
+        previous: Key of the segment that ended where this one begins, if it was stored then.
+        anchors: Its selected windows.
+    """
+
+    domain: bytes
+    tokens: np.ndarray
+    content: bytes
+    context: bytes
+    position: int
+    generation: int
+    source: int
+    previous: int | None
+    anchors: Anchors
+
+    @classmethod
+    def of(cls, segment: Segment) -> Label:
+        """Return the label of a stored segment."""
+        return cls(
+            domain=segment.domain,
+            tokens=segment.tokens,
+            content=segment.content,
+            context=segment.context,
+            position=segment.position,
+            generation=segment.generation,
+            source=segment.source,
+            previous=segment.previous.key if segment.previous else None,
+            anchors=segment.anchors,
+        )
+
+
 @dataclass(frozen=True)
 class Save:
     """KV to keep under a new key: ``length`` tokens from ``position`` on.
@@ -72,12 +119,14 @@ class Save:
         position: Its first position in the request.
         length: Its tokens.
         block_ids: KV blocks of the request from its first token on, int32.
+        label: What goes into the segment's file; None where there is no disk tier.
     """
 
     key: int
     position: int
     length: int
     block_ids: np.ndarray
+    label: Label | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +154,8 @@ class Orders(KVConnectorMetadata):
         refreshes: Decoding requests to look at after this step.
         saves: What to store once this step's KV is computed.
         evicted: Segments to forget.
+        known: In the first orders of an engine with a disk tier: all segments of its index. Other
+            files that a worker finds are of no use any more.
     """
 
     reuses: list[Reuse] = field(default_factory=list)
@@ -112,6 +163,7 @@ class Orders(KVConnectorMetadata):
     refreshes: list[Refresh] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
     evicted: list[int] = field(default_factory=list)
+    known: list[int] | None = None
 
 
 @dataclass
@@ -123,12 +175,15 @@ class Results(KVConnectorWorkerMetadata):
         failed: Requests that are given up because of that.
         recomputed: By request that is ready: how many reused tokens were computed again.
         refreshed: By decoding request: how many were, in this step.
+        deviations: By request that is ready: the relative deviations of its reused tokens, as
+            counts of the buckets of the metric, and their sum.
     """
 
     lost: set[int] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)
     recomputed: dict[str, int] = field(default_factory=dict)
     refreshed: dict[str, int] = field(default_factory=dict)
+    deviations: dict[str, tuple[list[int], float]] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Results:
         """Join two ranks' reports: what one has lost is of no use to the others."""
@@ -138,4 +193,5 @@ class Results(KVConnectorWorkerMetadata):
             self.failed | other.failed,
             self.recomputed | other.recomputed,
             self.refreshed | other.refreshed,
+            self.deviations | other.deviations,
         )

@@ -7,19 +7,27 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 
 from vllm_plugins.engine.kv_pages import KVPages
 from vllm_plugins.engine.partial_forward import PartialForward, slot_mapping
 from vllm_plugins.engine.worker_host import WorkerListener
+from vllm_plugins.errors import PluginError
 from vllm_plugins.kv_connectors.kvshare.blend import Blend, Kitchen, Recipe
 from vllm_plugins.kv_connectors.kvshare.deviation import Budget
-from vllm_plugins.kv_connectors.kvshare.payloads import LostSegmentError, Payloads
+from vllm_plugins.kv_connectors.kvshare.metrics import DEVIATION_BUCKETS
+from vllm_plugins.kv_connectors.kvshare.device_tier import GIB, ArenaSize, DeviceTier
+from vllm_plugins.kv_connectors.kvshare.disk import DiskTier, rank_folder
+from vllm_plugins.kv_connectors.kvshare.payloads import Payloads, State
 from vllm_plugins.kv_connectors.kvshare.refresh import Stale, refresh
 from vllm_plugins.kv_connectors.kvshare.rope import PositionShift
-from vllm_plugins.kv_connectors.kvshare.transfer import Orders, Refresh, Results, Reuse, Save
+from vllm_plugins.kv_connectors.kvshare.segment_file import KVShape
+from vllm_plugins.kv_connectors.kvshare.transfer import Orders, Refresh, Results, Save
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from vllm_plugins.engine.worker_host import RunnerView
     from vllm_plugins.kv_connectors.kvshare.plugin import KVShareOptions
 
@@ -30,11 +38,15 @@ class WorkerSide:
     """What the connector does in one worker.
 
     Args:
-        options: The plug-in's options.
+        options: The plug-in's options, resolved.
+        folder: The engine's folder in the disk tier, with a folder for each rank; None without one.
     """
 
-    def __init__(self, options: KVShareOptions) -> None:
+    def __init__(self, options: KVShareOptions, folder: Path | None = None) -> None:
+        assert options.fix_tokens_per_step is not None
         self._options = options
+        self._slice = options.fix_tokens_per_step
+        self._folder = folder
         self._kitchen: Kitchen | None = None
         self._blends: dict[str, Blend] = {}
         self._stale: dict[str, Stale] = {}
@@ -42,14 +54,19 @@ class WorkerSide:
         self._failed_blocks: set[int] = set()
         self._results = Results()
 
-    def open(self, runner: RunnerView) -> None:
+    def open(self, runner: RunnerView, device_tier: DeviceTier | None = None) -> None:
         """Take the model and the KV cache, once they exist.
 
+        Args:
+            runner: The worker's model and KV cache.
+            device_tier: Memory that was taken for hot segments.
+
         Raises:
-            PluginError: The model, its position embedding or its KV cache cannot be served.
+            PluginError: The model, its position embedding, its KV cache or the disk tier's folder
+                cannot be served.
         """
         options = self._options
-        forward = PartialForward(runner, options.fix_tokens_per_step)
+        forward = PartialForward(runner, self._slice)
         names = [forward.attention_name(layer) for layer in range(forward.num_layers)]
         pages = KVPages(runner, names)
         budget = Budget(
@@ -57,7 +74,27 @@ class WorkerSide:
         )
         recipe = Recipe(options.check_layer, options.selector, budget, options.link_tokens)
         shift = PositionShift(forward.rotary_embedding())
-        self._kitchen = Kitchen(pages, forward, Payloads(pages), shift, recipe)
+        payloads = self._payloads(pages, device_tier)
+        self._kitchen = Kitchen(pages, forward, payloads, shift, recipe)
+
+    def _payloads(self, pages: KVPages, device_tier: DeviceTier | None) -> Payloads:
+        shape = KVShape(pages.num_layers, pages.num_heads, pages.head_size, pages.dtype)
+        if device_tier is not None and device_tier.shape != shape:
+            raise PluginError(
+                "--plugin kvshare: device_gib",
+                f"the KV cache is of another shape than the model's: {shape}",
+                "drop it",
+            )
+        if self._folder is None:
+            return Payloads(pages, device=device_tier)
+        rank = rank_folder(self._folder, get_tp_group().rank_in_group)
+        disk = DiskTier(rank, shape, pages.device)
+        return Payloads(pages, int(self._options.host_gib * GIB), disk, device_tier)
+
+    def close(self) -> None:
+        """Finish what is being stored; the worker ends."""
+        if self._kitchen is not None:
+            self._kitchen.payloads.close()
 
     @property
     def kitchen(self) -> Kitchen:
@@ -68,16 +105,21 @@ class WorkerSide:
     @torch.inference_mode()
     def between_steps(self, orders: Orders) -> None:
         """Begin what was ordered and go on with what is under way, for one slice."""
+        payloads = self.kitchen.payloads
+        if orders.known is not None:
+            payloads.keep_only(orders.known)
         for key in orders.evicted:
-            self.kitchen.payloads.forget(key)
+            payloads.forget(key)
+        payloads.poll()
         for reuse in orders.reuses:
-            self._begin(reuse)
+            seed = zlib.crc32(reuse.request_id.encode())
+            self._blends[reuse.request_id] = Blend(reuse, self.kitchen, seed)
         for request_id in orders.cancelled:
             # The scheduler keeps the blocks until it hears that nobody writes to them any more. It
             # may have cancelled what was complete by then, which it hears of already.
-            if self._blends.pop(request_id, None):
-                self._ready.add(request_id)
-        budget = float(self._options.fix_tokens_per_step)
+            if request_id in self._blends:
+                self._end(self._blends[request_id])
+        budget = float(self._slice)
         for refresh_order in orders.refreshes:
             budget -= self._refresh(refresh_order)
         self._advance(budget)
@@ -95,44 +137,49 @@ class WorkerSide:
         # The look itself is one token's work at most.
         return count + 1
 
-    def _begin(self, reuse: Reuse) -> None:
-        seed = zlib.crc32(reuse.request_id.encode())
-        try:
-            self._blends[reuse.request_id] = Blend(reuse, self.kitchen, seed)
-        except LostSegmentError as error:
-            self._fail(reuse, error)
-
     def _advance(self, budget: float) -> None:
-        """Spend what is left of a step's budget on who waits, first come first served."""
-        for blend in list(self._blends.values()):
+        """Spend what is left of a step's budget on who can go on, first come first served."""
+        blends = list(self._blends.values())
+        states = agreed([blend.state() for blend in blends])
+        failed = [b for b, state in zip(blends, states, strict=True) if state == State.FAILED]
+        for blend in failed:
+            self._fail(blend)
+        if failed:
+            # What they have lost, others may be about to read: look again first.
+            return
+        for blend, state in zip(blends, states, strict=True):
             if budget <= 0:
                 return
-            try:
+            if state == State.READY:
                 done, cost = blend.advance(budget)
-            except LostSegmentError as error:
-                self._fail(blend.reuse, error)
-                continue
-            budget -= cost
-            if done:
-                self._finish(blend)
+                budget -= cost
+                if done:
+                    self._finish(blend)
+
+    def _end(self, blend: Blend) -> None:
+        blend.close()
+        del self._blends[blend.reuse.request_id]
+        self._ready.add(blend.reuse.request_id)
 
     def _finish(self, blend: Blend) -> None:
+        self._end(blend)
         request_id = blend.reuse.request_id
-        del self._blends[request_id]
-        self._ready.add(request_id)
         self._results.recomputed[request_id] = blend.recomputed
+        if not blend.reuse.exact:
+            self._results.deviations[request_id] = counted(blend.relative_deviation())
         if self._options.decode_interval and not blend.reuse.exact:
             self._stale[request_id] = blend.stale(self._options.decode_budget)
 
-    def _fail(self, reuse: Reuse, error: LostSegmentError) -> None:
+    def _fail(self, blend: Blend) -> None:
         """Let vLLM compute the whole span: what follows a hole has seen the hole."""
-        logger.warning("kvshare: %s; request %s computes it again", error, reuse.request_id)
-        self._blends.pop(reuse.request_id, None)
-        self._ready.add(reuse.request_id)
+        reuse = blend.reuse
+        logger.warning(
+            "kvshare: KV is missing, damaged or not read in time; request %s computes it again",
+            reuse.request_id,
+        )
+        self._end(blend)
         block = self.kitchen.pages.block_size
         self._failed_blocks.update(reuse.block_ids[reuse.start // block :].tolist())
-        self.kitchen.payloads.forget(error.key)
-        self._results.lost.add(error.key)
         self._results.failed.add(reuse.request_id)
 
     @torch.inference_mode()
@@ -145,8 +192,9 @@ class WorkerSide:
             slot_mapping(s.block_ids, np.arange(s.position, s.position + s.length), block)
             for s in saves
         ]
-        where = torch.from_numpy(np.concatenate(slots)).to(self.kitchen.pages.device)
-        self.kitchen.payloads.save({s.key: s.length for s in saves}, where)
+        where = torch.from_numpy(np.concatenate(slots))
+        where = where.to(self.kitchen.pages.device, non_blocking=True)
+        self.kitchen.payloads.save(saves, where)
 
     def take_ready(self, ended: set[str]) -> set[str]:
         """Return the requests whose KV is complete or given up since the last call.
@@ -167,11 +215,65 @@ class WorkerSide:
     def take_results(self) -> Results | None:
         """Return what the scheduler's part has to know, if anything."""
         results, self._results = self._results, Results()
-        return results if results.lost or results.recomputed or results.refreshed else None
+        results.lost |= self.kitchen.payloads.take_lost()
+        anything = results.lost or results.failed or results.recomputed or results.refreshed
+        return results if anything else None
+
+
+def counted(values: np.ndarray) -> tuple[list[int], float]:
+    """Return how many values fall into each bucket of the deviation metric, and their sum."""
+    buckets = np.searchsorted(DEVIATION_BUCKETS, values)
+    counts = np.bincount(buckets, minlength=len(DEVIATION_BUCKETS) + 1)
+    return counts.tolist(), float(values.sum())
+
+
+def agreed(states: list[State]) -> list[State]:
+    """Return the least of all ranks' states for each request in the making.
+
+    What a rank has in its memory the others cannot know, and they run every slice together: one
+    that went on alone would wait for the others for ever.
+    """
+    group = get_tp_group()
+    if group.world_size == 1 or not states:
+        return states
+    values = torch.tensor(states, dtype=torch.int32)
+    torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+    return [State(value) for value in values.tolist()]
 
 
 class KVShareListener(WorkerListener):
-    """Hands the model and the KV cache to the connector of this worker."""
+    """Hands the model and the KV cache to the connector of this worker.
+
+    Args:
+        arena: Device memory to take for hot segments, if any.
+    """
+
+    def __init__(self, arena: ArenaSize | None = None) -> None:
+        self._arena = arena
+        self._tier: DeviceTier | None = None
+        self._side: WorkerSide | None = None
+        self._device = torch.device("cpu")
+
+    def on_device_ready(self, device: torch.device) -> None:
+        """Take note of the device."""
+        self._device = device
+
+    def on_model_loaded(self, model: torch.nn.Module) -> None:
+        """Take the device tier's memory, so that the KV cache is made from what is left.
+
+        Raises:
+            PluginError: There is not enough.
+        """
+        if self._arena is None:
+            return
+        try:
+            self._tier = DeviceTier(self._arena, self._device)
+        except torch.OutOfMemoryError:
+            raise PluginError(
+                f"--plugin kvshare: device_gib={self._arena.nbytes / GIB:g}",
+                "does not fit beside the weights",
+                "lower it",
+            ) from None
 
     def on_kv_cache_ready(self, runner: RunnerView) -> None:
         """Open the connector, which vLLM has made by now."""
@@ -181,4 +283,10 @@ class KVShareListener(WorkerListener):
 
         connector = get_kv_transfer_group()
         assert isinstance(connector, KVShareConnector)
-        connector.worker.open(runner)
+        self._side = connector.worker
+        self._side.open(runner, self._tier)
+
+    def shutdown(self) -> None:
+        """Close the connector's part of this worker."""
+        if self._side is not None:
+            self._side.close()

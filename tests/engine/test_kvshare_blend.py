@@ -69,3 +69,28 @@ def test_only_the_budget_is_recomputed(blend):
         del worker._finish
     [(recomputed, reused)] = counts
     assert 0.05 * reused <= recomputed <= 0.15 * reused + 1
+
+
+def deviations() -> tuple[float, float]:
+    """Return how many deviations `/metrics` shows, and their sum."""
+    from prometheus_client import REGISTRY
+
+    name = "vllm_plugins:kvshare_relative_deviation"
+    samples = [s for metric in REGISTRY.collect() for s in metric.samples]
+    count, total = (
+        sum(s.value for s in samples if s.name == name + end) for end in ("_count", "_sum")
+    )
+    return count, total
+
+
+def test_every_reused_tokens_deviation_is_counted_once(blend):
+    blend.forget()
+    before = deviations()
+    blend.greedy([prompt(0, 1, 2)])
+    assert deviations() == before
+    blend.greedy([PROMPTS[1]])
+    blend.step_once()
+    after = deviations()
+    # Document 2 stands first in this prompt: what is before it has gone, so all of it deviates.
+    assert 0.8 * len(PROMPTS[1]) < after[0] - before[0] <= len(PROMPTS[1])
+    assert after[1] > before[1]

@@ -84,8 +84,8 @@ def test_nothing_is_lost_in_a_long_run(spec):
         assert {i: answers[i] for i in expected} == expected
         engine.assert_idle()
         assert engine.side.index.used <= engine.side.index.capacity
-        # The first half sizes most buffers and caches. Stock vLLM was seen to grow by 43 MiB over the
-        # second half of 1,500 requests, the neutral setting by 34.
+        # The first half sizes most buffers and caches. Stock vLLM was seen to grow by 43 MiB over
+        # the second half of 1,500 requests, the neutral setting by 34.
         grown = memory[-1] - memory[len(memory) // 2]
         print(
             f"{REQUESTS} requests, {len(preempted)} preempted, {aborted} aborted, +{grown:.1f} MiB"

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.kvshare_texts import DOMAIN, OTHER, Server, joined, random_text
-from vllm_plugins.kv_connectors.kvshare.index import SegmentIndex, _DomainTable
+from vllm_plugins.kv_connectors.kvshare.domain_table import DomainTable
+from vllm_plugins.kv_connectors.kvshare.index import SegmentIndex
 from vllm_plugins.kv_connectors.kvshare.planner import Planner
 
 
@@ -259,7 +260,7 @@ def test_the_gain_lasts_through_hundreds_of_novel_queries(capacity, novel, seed)
 
 @pytest.mark.parametrize("order", [forget_the_oldest, forget_the_least_recent])
 def test_the_flood_is_one_that_other_orders_drown_in(monkeypatch, order):
-    monkeypatch.setattr(_DomainTable, "next_victim", order)
+    monkeypatch.setattr(DomainTable, "next_victim", order)
     assert steady_and_last(7200, 600, queries=160)[1] < 0.7 * 1200 / 1800
 
 

@@ -11,7 +11,12 @@ from vllm_plugins.activation import configure
 from vllm_plugins.cli.describe import describe, stock_arguments
 from vllm_plugins.errors import PluginError
 from vllm_plugins.kv_connectors.kvshare.deviation import SELECTORS
-from vllm_plugins.kv_connectors.kvshare.plugin import TRANSFER, KVShareOptions, KVSharePlugin
+from vllm_plugins.kv_connectors.kvshare.plugin import (
+    TRANSFER,
+    KVShareOptions,
+    KVSharePlugin,
+    resolved,
+)
 from vllm_plugins.registry import enable
 from vllm_plugins.settings import KEY
 from vllm_plugins.spec import parse_specs
@@ -111,8 +116,8 @@ def test_the_stock_spelling_can_be_given_in_its_place():
     from vllm.config import KVTransferConfig
 
     same = KVTransferConfig(**json.loads(arguments["--kv-transfer-config"]))
-    changes = configure([item], {"kv_transfer_config": same}, {"kv_transfer_config": None})
-    assert "kv_transfer_config" not in changes
+    arguments = configure([item], {"kv_transfer_config": same}, {"kv_transfer_config": None})
+    assert "kv_transfer_config" not in arguments.changes
 
 
 def test_describing_it_imports_no_vllm(monkeypatch):
@@ -209,6 +214,21 @@ def test_other_parallelism_is_refused(config, part, name, value, message):
     changed = copy.deepcopy(config)
     object.__setattr__(getattr(changed, part), name, value)
     assert check(changed) == message
+
+
+def test_a_slice_longer_than_a_step_is_refused_and_the_default_follows_the_step(config):
+    most = config.scheduler_config.max_num_batched_tokens
+    assert check(config, fix_tokens_per_step=most) == ""
+    assert check(config, fix_tokens_per_step=most + 1) == (
+        f"--plugin kvshare: fix_tokens_per_step={most + 1}: exceeds --max-num-batched-tokens, "
+        f"{most}, so that a step would be longer than any other; lower it or raise "
+        "--max-num-batched-tokens"
+    )
+    small = copy.deepcopy(config)
+    small.scheduler_config.max_num_batched_tokens = 256
+    assert check(small) == ""
+    assert resolved(KVShareOptions(), small).fix_tokens_per_step == 256
+    assert resolved(KVShareOptions(fix_tokens_per_step=64), small).fix_tokens_per_step == 64
 
 
 def test_adapters_are_refused(config):

@@ -1,5 +1,7 @@
 """Order of waiting requests by how much of their prompt is stored."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,8 +15,8 @@ def order(*waiting, now=100.0, full=5.0, most=8):
     return hit_rate_order(waiting, now, full, most)
 
 
-def waiting(arrived=100.0, hit=0.0, bypassed=0, started=False):
-    return Waiting(arrived, hit, bypassed, started)
+def waiting(arrived=100.0, hit=0.0, bypassed=0, started=False, domain=None):
+    return Waiting(arrived, hit, bypassed, started, domain)
 
 
 def test_who_has_most_stored_goes_first_and_equals_keep_their_order():
@@ -35,12 +37,29 @@ def test_a_preempted_answer_goes_first():
     assert order(waiting(bypassed=9), waiting(hit=1.0), waiting(started=True)) == [2, 0, 1]
 
 
-@given(
-    st.lists(
-        st.builds(Waiting, st.floats(0, 100), st.floats(0, 1), st.integers(0, 12), st.booleans()),
-        max_size=20,
-    )
+WAITING = st.builds(
+    Waiting,
+    st.floats(0, 100),
+    st.floats(0, 1),
+    st.integers(0, 12),
+    st.booleans(),
+    st.sampled_from([None, b"one", b"two"]),
 )
+
+
+@given(st.lists(WAITING, max_size=12), st.lists(st.floats(0, 1), min_size=12, max_size=12))
+def test_what_one_domain_has_stored_does_not_move_anothers_requests(requests, hits):
+    changed = [
+        replace(request, hit=hit) if request.domain == b"one" else request
+        for request, hit in zip(requests, hits, strict=False)
+    ]
+    before, after = (hit_rate_order(some, 100.0, 5.0, 8) for some in (requests, changed))
+    for place, index in enumerate(before):
+        if requests[index].domain != b"one":
+            assert after[place] == index
+
+
+@given(st.lists(WAITING, max_size=20))
 def test_nobody_is_left_out(requests):
     assert sorted(hit_rate_order(requests, 100.0, 5.0, 8)) == list(range(len(requests)))
 

@@ -83,6 +83,17 @@ def test_values_of_every_kind(folder):
     assert samples["c_seconds_sum",] == pytest.approx(0.1 + 0.5 + 0.500001 + 2.5 + 3 + 1e9)
 
 
+def test_observations_that_were_counted_elsewhere_add_up_with_single_ones(folder):
+    metrics = Metrics(SPECS, LABELS)
+    metrics.observe("c_seconds", 0.1)
+    metrics.observe_counts("c_seconds", [1, 0, 2, 3], 50.0)
+    samples, _ = scrape(folder)
+    assert histogram(samples) == [2, 2, 4, 7]
+    assert samples["c_seconds_sum",] == pytest.approx(50.1)
+    with pytest.raises(ValueError, match="shorter"):
+        metrics.observe_counts("c_seconds", [1, 0], 1.0)
+
+
 @pytest.mark.parametrize("call", ["inc", "set", "observe"])
 def test_a_name_that_was_not_declared_is_an_error(folder, call):
     metrics = Metrics(SPECS, LABELS)

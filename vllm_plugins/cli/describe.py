@@ -146,10 +146,11 @@ def _modules(name: str) -> list[Path]:
 def stock_arguments(item: Enabled) -> list[str]:
     """Return the stock `vllm serve` arguments that do the same as ``--plugin``."""
     # Nothing is set beside the plug-in, so there is no default to compare with.
-    changes = configure([item], {}, {})
+    arguments = configure([item], {}, {})
     given = item.options.model_dump(mode="json", exclude_unset=True)
-    changes["additional_config"] = {KEY: {item.plugin.name: given}}
-    return [word for name, value in changes.items() for word in _words(name, value)]
+    changes = {**arguments.changes, "additional_config": {KEY: {item.plugin.name: given}}}
+    middleware = [word for name in arguments.middleware for word in _words("middleware", name)]
+    return [word for name, value in changes.items() for word in _words(name, value)] + middleware
 
 
 def _words(name: str, value: Any) -> list[str]:

@@ -1,0 +1,47 @@
+"""KVShare under tensor parallelism: two real workers that hold different heads.
+
+All ranks must recompute the same tokens: otherwise their collectives would not fit together. A
+rank chooses from the sum of all ranks' deviations, so the answers are those of one worker.
+"""
+
+import pytest
+
+from tests.models import tiny_llama
+from tests.serve.test_serve_kvshare import PROMPTS, answer, counter
+from tests.serving import served
+
+pytestmark = pytest.mark.serve
+
+ARGUMENTS = ("--block-size", "32", "--max-num-seqs", "8", "--max-num-batched-tokens", "256")
+BLEND = "kvshare:recompute_min=0.1,recompute_max=0.2,decode_interval=4,decode_k=8,decode_budget=0.2"
+NEUTRAL = "kvshare:recompute_min=1,recompute_max=1,fix_tokens_per_step=128"
+COUNTS = ("recomputed_tokens_total", "refreshed_tokens_total", "gap_tokens_total", "stored_tokens")
+
+
+def answers_and_counts(plugin, ranks):
+    # One core each: on this few cores vLLM's own binding finds no place for two workers.
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    words = (*ARGUMENTS, "--tensor-parallel-size", str(ranks))
+    words += ("--plugin", plugin) if plugin else ()
+    with served(tiny_llama(layers=4), *words, environment=environment) as server:
+        answers = [answer(server, prompt, tokens=24) for prompt in PROMPTS]
+        counts = {name: counter(server, name) for name in COUNTS} if plugin else {}
+    return answers, counts
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return answers_and_counts(None, 2)[0]
+
+
+def test_everything_recomputed_equals_stock_on_two_ranks(stock):
+    answers, counts = answers_and_counts(NEUTRAL, 2)
+    assert answers == stock
+    assert counts["recomputed_tokens_total"] > 0
+
+
+def test_two_ranks_recompute_the_same_tokens_as_one():
+    one, two = (answers_and_counts(BLEND, ranks) for ranks in (1, 2))
+    assert two == one
+    assert two[1]["refreshed_tokens_total"] > 0
+    assert two[1]["recomputed_tokens_total"] > two[1]["refreshed_tokens_total"]
