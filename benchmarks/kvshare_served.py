@@ -30,6 +30,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import statistics
 import sys
 import sysconfig
@@ -906,17 +907,21 @@ def main() -> int:
         os.environ.setdefault(name, value)
     trials: list[Trial] = []
     outcome = "complete"
-    with interrupt_on_termination(), tempfile.TemporaryDirectory() as folder:
+    # The reason of a failure may stand far above the end of a log, which is all that is shown.
+    logs = Path(tempfile.mkdtemp(prefix="kvshare-served-"))
+    with interrupt_on_termination():
         try:
             corpus: Corpus = ReaderPool
             if args.model.resolve() != READER:
                 corpus = text_corpus(args.model, args.prompt_tokens, shape.per_prompt, args.seed)
             work = make_requests(shape, corpus, Random(args.seed))
-            for trial in measure(args, work, Path(folder)):
+            for trial in measure(args, work, logs):
                 trials.append(trial)
         except BenchError as error:
             outcome = str(error).partition("\n")[0]
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}\nlogs are kept in {logs}", file=sys.stderr)
+        else:
+            shutil.rmtree(logs)
     if not trials:
         return 2
     result = to_json(args, work[1], trials, outcome)

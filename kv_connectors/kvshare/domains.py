@@ -59,7 +59,9 @@ class Domains:
     def _of_salt(self, salt: str | None) -> bytes | None:
         if self._salts is not None:
             return self._salts.domain(salt)
-        return self._digest(b"shared" if salt is None else b"salt:" + salt.encode("utf-8", "surrogatepass"))
+        return self._digest(
+            b"shared" if salt is None else b"salt:" + salt.encode("utf-8", "surrogatepass")
+        )
 
     def _digest(self, text: bytes) -> bytes:
         return hmac.new(self._secret, b"kvshare-domain:" + text, hashlib.sha256).digest()

@@ -5,9 +5,11 @@ domain's own segments go says ``domain_table.py``; segments in use by a plan do 
 
 **Whose.** A domain that holds no more than its quota loses nothing to others for as long as it is
 active, so that nobody learns by filling the store that others have done so, or were there before.
-What it holds beyond its quota is borrowed; a domain that stays within its own quota may take it
-back. A domain beyond its quota lives off itself. A domain without a request for ``idle_seconds``
-has no claim; without that, domains that never return would fill the store.
+The quota is an eighth of the store or, with more active domains than eight, an equal share; so how
+many are active is all that shows. What it holds beyond its quota is borrowed; a domain that stays
+within its own quota may take it back, in whole segments. A domain beyond its quota lives off
+itself. A domain without a request for ``idle_seconds`` has no claim; without that, domains that
+never return would fill the store.
 """
 
 from __future__ import annotations
@@ -50,8 +52,7 @@ class SegmentIndex:
 
     Args:
         capacity: Tokens that the store holds.
-        quota: Tokens that an active domain never loses to others; an eighth of the capacity if
-            None.
+        least_shares: Equal shares that the store has at least; a domain's quota is one of them.
         anchor_places: Places remembered per anchor, the newest ones.
         idle_seconds: Time without a request after which a domain's quota lapses.
         clock: Time in seconds.
@@ -61,15 +62,15 @@ class SegmentIndex:
         self,
         capacity: int,
         *,
-        quota: int | None = None,
+        least_shares: int = 8,
         anchor_places: int = 4,
         idle_seconds: float = 600.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.capacity = capacity
-        self.quota = capacity // 8 if quota is None else quota
         self.used = 0
         self.version = 0
+        self._least_shares = least_shares
         self._anchor_places = anchor_places
         self._idle_seconds = idle_seconds
         self._clock = clock
@@ -78,7 +79,6 @@ class SegmentIndex:
         self._segments: dict[int, Segment] = {}
         # By last use, the longest idle first.
         self._domains: OrderedDict[bytes, DomainTable] = OrderedDict()
-        self._borrowers: set[bytes] = set()
         self._doomed: set[int] = set()
 
     def __len__(self) -> int:
@@ -98,6 +98,12 @@ class SegmentIndex:
         """Return the tokens that a domain holds."""
         table = self._domains.get(domain)
         return table.used if table else 0
+
+    @property
+    def quota(self) -> int:
+        """Tokens that an active domain never loses to others."""
+        active = len(self._domains) - sum(1 for _ in self._lapsed())
+        return self.capacity // max(self._least_shares, active)
 
     def by_content(self, domain: bytes, content: bytes) -> Sequence[Segment]:
         """Return a domain's segments whose whole text has a digest, oldest first."""
@@ -166,7 +172,6 @@ class SegmentIndex:
         self.used += len(segment)
         self.version += 1
         self._table(segment.domain).add(segment)
-        self._note_quota(segment.domain)
 
     def restore(self, labels: Mapping[int, Label], first_key: int) -> None:
         """Take back the segments of an earlier life, with their keys and links.
@@ -253,7 +258,7 @@ class SegmentIndex:
         for table, floor in self._givers(domain, tokens):
             while self.used + tokens > self.capacity:
                 segment = table.next_victim()
-                if segment is None or table.used - len(segment) < floor:
+                if segment is None or table.used <= floor:
                     break
                 table.remember(segment)
                 self._drop(segment)
@@ -275,17 +280,22 @@ class SegmentIndex:
 
     def _possible_givers(self, domain: bytes, tokens: int) -> Iterator[tuple[DomainTable, int]]:
         asking = self._domains.get(domain)
-        lapsed = self._clock() - self._idle_seconds
-        for table in takewhile(lambda table: table.seen < lapsed, self._domains.values()):
-            if table is not asking:
-                yield table, 0
-        if self.domain_used(domain) + tokens <= self.quota:
-            others = [self._domains[name] for name in self._borrowers if name != domain]
-            # A set's order differs between processes; this one does not.
-            others.sort(key=lambda table: (-table.used, table.seen))
-            yield from ((table, self.quota) for table in others)
+        lapsed = list(self._lapsed())
+        yield from ((table, 0) for table in lapsed if table is not asking)
+        active = len(self._domains) - len(lapsed) + (asking is None or asking in lapsed)
+        quota = self.capacity // max(self._least_shares, active)
+        if self.domain_used(domain) + tokens <= quota:
+            tables = self._domains.values()
+            borrowers = [t for t in tables if t is not asking and t.used > quota]
+            borrowers.sort(key=lambda table: (-table.used, table.seen))
+            yield from ((table, quota) for table in borrowers)
         if asking:
             yield asking, 0
+
+    def _lapsed(self) -> Iterator[DomainTable]:
+        """Yield the domains that have no claim any more, the longest idle first."""
+        since = self._clock() - self._idle_seconds
+        return takewhile(lambda table: table.seen < since, self._domains.values())
 
     def _table(self, domain: bytes) -> DomainTable:
         """Return the table of a domain that has a request now."""
@@ -331,12 +341,5 @@ class SegmentIndex:
         table.used -= len(segment)
         self.used -= len(segment)
         del self._segments[segment.key]
-        self._note_quota(segment.domain)
         if not table.used:
             del self._domains[segment.domain]
-
-    def _note_quota(self, domain: bytes) -> None:
-        if self.domain_used(domain) > self.quota:
-            self._borrowers.add(domain)
-        else:
-            self._borrowers.discard(domain)

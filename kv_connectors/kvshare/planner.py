@@ -70,6 +70,24 @@ class Plan:
             reach = run.end
         return reach
 
+    def shortened(self, block: int, exact_only: bool) -> Plan:
+        """Return the plan cut so that it ends on a block's edge, and not far beyond its last run.
+
+        Args:
+            block: Tokens of a KV block.
+            exact_only: Whether it is to reach only as far as its exact runs, without a gap.
+        """
+        reach = self.runs[-1].end if self.runs else self.start
+        if exact_only:
+            end = self.exact_prefix_end // block * block
+        else:
+            end = min(-(-reach // block) * block, self.end)
+        runs = (run for run in self.runs if run.start < end and (run.exact or not exact_only))
+        kept = tuple(
+            Run(r.start, r.segment, r.offset, min(r.length, end - r.start), r.exact) for r in runs
+        )
+        return Plan(self.start, max(end, self.start), kept, self.version)
+
     def generation_at(self, position: int) -> int:
         """Return the generation of KV that is computed at a position beside the runs."""
         used = (r.segment.generation for r in self.runs if not r.exact and r.start < position)

@@ -7,7 +7,6 @@ the workers make that true (``blend.py``) and is then scheduled from the end of 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +17,10 @@ from vllm_plugins.kv_connectors.kvshare import metrics as m
 from vllm_plugins.kv_connectors.kvshare.chunking import ChunkSizes
 from vllm_plugins.kv_connectors.kvshare.domains import Domains
 from vllm_plugins.kv_connectors.kvshare.index import SegmentIndex, Stored
-from vllm_plugins.kv_connectors.kvshare.operator_desk import OperatorDesk, Order
+from vllm_plugins.kv_connectors.kvshare.operator_desk import OperatorDesk
 from vllm_plugins.kv_connectors.kvshare.planner import Plan, Planner
-from vllm_plugins.kv_connectors.kvshare.segments import Run, Segment, Tokens, as_tokens
+from vllm_plugins.kv_connectors.kvshare.request_state import RequestState
+from vllm_plugins.kv_connectors.kvshare.segments import Segment, as_tokens
 from vllm_plugins.kv_connectors.kvshare.tenancy import OperatorOrders, read_key
 from vllm_plugins.kv_connectors.kvshare.transfer import (
     Label,
@@ -29,12 +29,10 @@ from vllm_plugins.kv_connectors.kvshare.transfer import (
     Results,
     Reuse,
     Save,
-    Source,
+    sources_of,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
@@ -48,56 +46,6 @@ if TYPE_CHECKING:
 LEAST_SAVING = 0.1
 # Ends of a request that reach its sender; an aborted one has none any more.
 ANSWERED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
-
-
-@dataclass
-class RequestState:
-    """What is known of a request from its first look-up to its end.
-
-    Attributes:
-        request: vLLM's own object.
-        tokens: Its prompt, int32, shape (n,).
-        domain: Digest of the tenant domain; None where it shares with nobody.
-        planned: The last plan, whether or not it was carried out.
-        used: The plan by which its KV was made; None where nothing was reused.
-        pinned: Segments that are kept until the workers have read them.
-        loading: Whether the workers are at it.
-        stored: Whether its prompt has been stored.
-        refreshed: Generated tokens at the last look at its stale tokens; None without any.
-        share: Share of its prompt that is stored, as of ``share_version`` of the index.
-        share_version: Version of the index at the last look-up by the waiting order.
-        declined: Whether it is to be computed in full, after a load that failed.
-        order: What the server's operator orders by it.
-        answer: What the operator is told when it ends.
-    """
-
-    request: Request
-    tokens: Tokens
-    domain: bytes | None
-    planned: Plan | None = None
-    used: Plan | None = None
-    pinned: list[Segment] = field(default_factory=list)
-    loading: bool = False
-    stored: bool = False
-    refreshed: int | None = None
-    share: float = 0.0
-    share_version: int = -1
-    declined: bool = False
-    order: Order | None = None
-    answer: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def may_reuse(self) -> bool:
-        """Whether stored KV may serve it."""
-        barred = self.domain is None or self.declined or self.order is not None
-        return not barred and _wants(self.request, "reuse")
-
-    @property
-    def may_store(self) -> bool:
-        """Whether its KV may be stored, once complete."""
-        if self.order is not None:
-            return self.order.do == "register"
-        return self.domain is not None and _wants(self.request, "store")
 
 
 class SchedulerSide:
@@ -212,21 +160,9 @@ class SchedulerSide:
             if end - computed < self._options.min_reuse:
                 return None
             known = self._planner.plan(state.domain, state.tokens, computed, end)
-            state.planned = self._shortened(known)
+            exact_only = self._options.mode == "exact_only"
+            state.planned = known.shortened(self._block, exact_only)
         return self._worth_it(state.planned)
-
-    def _shortened(self, plan: Plan) -> Plan:
-        """Cut a plan so that its span ends on a block's edge and not far beyond the last run."""
-        runs: Iterable[Run] = plan.runs
-        if self._options.mode == "exact_only":
-            reach = plan.exact_prefix_end
-            end = reach // self._block * self._block
-            runs = [run for run in plan.runs if run.exact]
-        else:
-            reach = plan.runs[-1].end if plan.runs else plan.start
-            end = min(-(-reach // self._block) * self._block, plan.end)
-        kept = tuple(_cut(run, end) for run in runs if run.start < end)
-        return Plan(plan.start, max(end, plan.start), kept, plan.version)
 
     def _worth_it(self, plan: Plan | None) -> Plan | None:
         if plan is None or plan.reused < self._options.min_reuse:
@@ -270,7 +206,7 @@ class SchedulerSide:
                 request.request_id,
                 state.tokens[: plan.end],
                 plan.start,
-                _sources(plan.runs),
+                sources_of(plan.runs),
                 self._block_ids(request.request_id),
                 exact,
             )
@@ -451,34 +387,3 @@ def _operator_orders(options: KVShareOptions) -> OperatorOrders | None:
     if path is None:
         return None
     return OperatorOrders(read_key("--plugin kvshare: operator_key_file", path))
-
-
-def _wants(request: Request, what: str) -> bool:
-    """Whether a request's ``kv_transfer_params`` leave reuse, or storing, allowed."""
-    params = (request.kv_transfer_params or {}).get("kvshare")
-    return not isinstance(params, dict) or params.get(what, True) is not False
-
-
-def _cut(run: Run, end: int) -> Run:
-    if run.end <= end:
-        return run
-    return Run(run.start, run.segment, run.offset, end - run.start, run.exact)
-
-
-def _sources(runs: Iterable[Run]) -> tuple[Source, ...]:
-    """Return the runs as the workers see them, with the seams between them."""
-    sources: list[Source] = []
-    before: Run | None = None
-    for run in runs:
-        position = run.segment.position + run.offset
-        continues = run.exact or (
-            before is not None
-            and before.end == run.start
-            and before.segment.source == run.segment.source
-            and before.segment.position + before.offset + before.length == position
-        )
-        sources.append(
-            Source(run.start, run.length, run.segment.key, run.offset, position, continues)
-        )
-        before = run
-    return tuple(sources)

@@ -15,8 +15,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vllm_plugins.kv_connectors.kvshare.anchors import Anchors
-    from vllm_plugins.kv_connectors.kvshare.segments import Segment
+    from vllm_plugins.kv_connectors.kvshare.segments import Run, Segment
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,25 @@ class Source:
     offset: int
     position: int
     continues: bool
+
+
+def sources_of(runs: Iterable[Run]) -> tuple[Source, ...]:
+    """Return the runs as the workers see them, with the seams between them."""
+    sources: list[Source] = []
+    before: Run | None = None
+    for run in runs:
+        position = run.segment.position + run.offset
+        continues = run.exact or (
+            before is not None
+            and before.end == run.start
+            and before.segment.source == run.segment.source
+            and before.segment.position + before.offset + before.length == position
+        )
+        sources.append(
+            Source(run.start, run.length, run.segment.key, run.offset, position, continues)
+        )
+        before = run
+    return tuple(sources)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from vllm_plugins.engine.worker_host import WorkerListener
 from vllm_plugins.errors import PluginError
 from vllm_plugins.kv_connectors.kvshare.blend import Blend, Kitchen, Recipe
 from vllm_plugins.kv_connectors.kvshare.deviation import Budget
-from vllm_plugins.kv_connectors.kvshare.metrics import DEVIATION_BUCKETS
 from vllm_plugins.kv_connectors.kvshare.device_tier import GIB, ArenaSize, DeviceTier
 from vllm_plugins.kv_connectors.kvshare.disk import DiskTier, rank_folder
+from vllm_plugins.kv_connectors.kvshare.metrics import DEVIATION_BUCKETS
 from vllm_plugins.kv_connectors.kvshare.payloads import Payloads, State
 from vllm_plugins.kv_connectors.kvshare.refresh import Stale, refresh
 from vllm_plugins.kv_connectors.kvshare.rope import PositionShift

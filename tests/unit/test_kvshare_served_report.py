@@ -230,6 +230,7 @@ def run_main(monkeypatch, tmp_path, *arguments, fails_at=99):
     options = ("--rate", "5", "--rounds", "2", "--out", str(out), "--plot", str(plot))
     with command_line(monkeypatch, *options, *arguments) as patch:
         patch.setattr(bench, "run_trial", fake_trial)
+        patch.setattr("tempfile.tempdir", str(tmp_path))
         code = bench.main()
     return code, turns, json.loads(out.read_text()) if out.exists() else None, plot
 
@@ -239,6 +240,7 @@ def test_servers_take_turns_and_the_report_has_all_parts(monkeypatch, tmp_path, 
         monkeypatch, tmp_path, "--neutral", "--plugin-options", "min_run=16,recompute_max=0.3"
     )
     assert code == 0
+    assert not list(tmp_path.glob("kvshare-served-*")), "logs of a good run are of no use"
     names = ["stock", "kvshare", "kvshare-neutral"]
     assert turns == [(name, 0) for name in names] + [(name, 1) for name in reversed(names)]
     assert result["outcome"] == "complete"
@@ -270,7 +272,10 @@ def test_a_server_that_fails_late_leaves_what_was_measured(monkeypatch, tmp_path
     assert len(turns) == 3
     assert result["outcome"] == "the server died"
     assert len(result["ratios"]["kvshare / stock"]["ttft_p50_ms"]["all"]) == 1
-    assert "error: the server died" in capsys.readouterr().err
+    [logs] = tmp_path.glob("kvshare-served-*")
+    told = capsys.readouterr().err
+    assert "error: the server died" in told
+    assert f"logs are kept in {logs}" in told
 
 
 def test_a_server_that_fails_at_once_leaves_nothing(monkeypatch, tmp_path, capsys):

@@ -17,6 +17,7 @@ from vllm_plugins.compat.contract import (
     is_class,
     method,
 )
+from vllm_plugins.compat.http_contracts import HTTP_SIDE, TIERS
 from vllm_plugins.registry import load
 
 HOST = "engine/worker_host.py"
@@ -256,5 +257,5 @@ CACHE = (
 
 WORKER_CONTRACTS: tuple[Contract, ...] = tuple(
     replace(contract, vllm=load("kvshare").requires.vllm)
-    for contract in (*WORKER, *PARTIAL_FORWARD, *KV_CONNECTOR, *CACHE)
+    for contract in (*WORKER, *PARTIAL_FORWARD, *KV_CONNECTOR, *CACHE, *HTTP_SIDE, *TIERS)
 )
