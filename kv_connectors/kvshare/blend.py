@@ -60,6 +60,38 @@ class Kitchen:
     recipe: Recipe
 
 
+class HostCopy:
+    """Tensors on their way to the host, for which no step waits.
+
+    Args:
+        tensors: All on one device.
+
+    Attributes:
+        comes_later: Whether it is certainly not here yet when it was just begun; the same on every
+            rank, which `is_here` need not be.
+    """
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self.comes_later = tensors[0].device.type != "cpu"
+        self._copies = [
+            torch.empty_like(tensor, device="cpu", pin_memory=self.comes_later).copy_(
+                tensor, non_blocking=True
+            )
+            for tensor in tensors
+        ]
+        self._done = torch.cuda.Event() if self.comes_later else None
+        if self._done is not None:
+            self._done.record()
+
+    def is_here(self) -> bool:
+        """Whether the copies are complete."""
+        return self._done is None or self._done.query()
+
+    def arrays(self) -> list[np.ndarray]:
+        """Return the copies, once they are here."""
+        return [copy.numpy() for copy in self._copies]
+
+
 class Blend:
     """One request's KV in the making; `close` it at the end, whatever the end is.
 
@@ -77,6 +109,7 @@ class Blend:
         self._lease = kitchen.payloads.lease(self._pieces)
         positions = [np.arange(s.start, s.start + s.length) for s in reuse.sources]
         self._reused = np.concatenate(positions)
+        self._measured: HostCopy | None = None
         self.deviation = np.zeros(len(self._reused), np.float32)
         self._mean_norm = 1.0
         self.chosen = np.zeros(len(self._reused), bool)
@@ -85,9 +118,12 @@ class Blend:
     def state(self) -> State:
         """Return whether a slice may be worked on now.
 
-        The sources may still be on their way from the disk, or be lost, also between two slices.
+        The sources may still be on their way from the disk, or be lost, also between two slices;
+        and the deviation may be on its way from the device.
         """
-        return self._kitchen.payloads.state(self._lease)
+        state = self._kitchen.payloads.state(self._lease)
+        arriving = self._measured is not None and not self._measured.is_here()
+        return State.WAITING if arriving and state == State.READY else state
 
     def close(self) -> None:
         """Let go of the sources."""
@@ -106,7 +142,8 @@ class Blend:
         spent = 0.0
         for cost in self._steps:
             spent += cost
-            if spent >= budget:
+            later = self._measured is not None and self._measured.comes_later
+            if later or spent >= budget:
                 return False, spent
         return True, spent
 
@@ -141,7 +178,10 @@ class Blend:
         self._load(upper)
         span = self._rows(np.arange(self.reuse.start, self.reuse.end))
         yield from self._run(span, range(check + 1))
-        self._select(check)
+        self._measured = self._measure(check)
+        yield 0.0
+        self._select(self._measured)
+        self._measured = None
         yield from self._run(span.take(self._to_recompute()), upper)
 
     def _rows(self, positions: np.ndarray) -> Rows:
@@ -174,14 +214,18 @@ class Blend:
             values = kitchen.payloads.load(layer, 1, self._pieces)
             kitchen.pages.write(layer, kitchen.shift(keys, source, target), values, slots)
 
-    def _select(self, check: int) -> None:
-        kitchen, recipe = self._kitchen, self._kitchen.recipe
+    def _measure(self, check: int) -> HostCopy:
+        """Compare the values just computed at the check layer with the stored ones."""
+        kitchen = self._kitchen
         new = kitchen.pages.read_values(check, self._slots(self._reused))
         old = kitchen.payloads.load(check, 1, self._pieces)
-        deviation, norm = kitchen.forward.sum_over_ranks(*value_deviation(new, old))
-        self.deviation = deviation.cpu().numpy()
-        reused = Reused(self.deviation, norm.cpu().numpy(), self._links(), self._seed)
-        self._mean_norm = float(reused.norm.mean())
+        return HostCopy(*kitchen.forward.sum_over_ranks(*value_deviation(new, old)))
+
+    def _select(self, measured: HostCopy) -> None:
+        self.deviation, norm = measured.arrays()
+        reused = Reused(self.deviation, norm, self._links(), self._seed)
+        self._mean_norm = float(norm.mean())
+        recipe = self._kitchen.recipe
         self.chosen = SELECTORS[recipe.selector](reused, recipe.budget)
 
     def _links(self) -> np.ndarray:

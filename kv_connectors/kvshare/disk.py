@@ -306,7 +306,10 @@ class DiskTier:
     def _work(self) -> None:
         self._use_device()
         while (job := self._jobs.get()) is not None:
-            job()
+            try:
+                job()
+            except OSError as error:
+                logger.warning("kvshare: %s", error)
 
     @torch.inference_mode()
     def _write(self, job: _Write) -> None:
@@ -321,6 +324,8 @@ class DiskTier:
             if not self._warned:
                 logger.warning("kvshare: cannot write to disk, nothing is kept there: %s", error)
             self._warned = True
+        # Nobody else may hold it: its memory is another's from now on.
+        job.kv = None
         self._done.put((job, size))
 
     def _remove_temporary(self) -> None:
@@ -329,10 +334,7 @@ class DiskTier:
             path.unlink(missing_ok=True)
 
     def _remove(self, key: int) -> None:
-        try:
-            segment_path(self._folder, key).unlink(missing_ok=True)
-        except OSError as error:
-            logger.warning("kvshare: cannot remove segment %d: %s", key, error)
+        segment_path(self._folder, key).unlink(missing_ok=True)
 
 
 def _discard(path: Path, error: Exception) -> None:

@@ -94,3 +94,32 @@ def test_every_reused_tokens_deviation_is_counted_once(blend):
     # Document 2 stands first in this prompt: what is before it has gone, so all of it deviates.
     assert 0.8 * len(PROMPTS[1]) < after[0] - before[0] <= len(PROMPTS[1])
     assert after[1] > before[1]
+
+
+def test_a_deviation_that_comes_later_from_the_device_holds_up_nobody(blend, monkeypatch):
+    """As on a device: the slice that measures ends, and others until the copy is here do nothing."""
+    from vllm_plugins.kv_connectors.kvshare import blend as module
+
+    class LateCopy(module.HostCopy):
+        def __init__(self, *tensors):
+            super().__init__(*tensors)
+            self.comes_later, self.asked = True, 0
+
+        def is_here(self):
+            self.asked += 1
+            return self.asked > 3
+
+        def arrays(self):
+            assert self.asked > 3
+            return super().arrays()
+
+    def answer():
+        blend.forget()
+        blend.greedy([prompt(0, 1, 2)])
+        output = blend.greedy([PROMPTS[1]], tokens=12)[0]
+        return output.outputs[0].token_ids, output.num_cached_tokens
+
+    expected = answer()
+    monkeypatch.setattr(module, "HostCopy", LateCopy)
+    assert answer() == expected
+    blend.assert_idle()

@@ -6,7 +6,7 @@ rank chooses from the sum of all ranks' deviations, so the answers are those of 
 
 import pytest
 
-from tests.models import tiny_llama
+from tests.models import make_engine, tiny_llama
 from tests.serve.test_serve_kvshare import PROMPTS, answer, counter
 from tests.serving import served
 
@@ -21,17 +21,23 @@ COUNTS = ("recomputed_tokens_total", "refreshed_tokens_total", "gap_tokens_total
 def answers_and_counts(plugin, ranks):
     # One core each: on this few cores vLLM's own binding finds no place for two workers.
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    words = (*ARGUMENTS, "--tensor-parallel-size", str(ranks))
-    words += ("--plugin", plugin) if plugin else ()
+    words = (*ARGUMENTS, "--tensor-parallel-size", str(ranks), "--plugin", plugin)
     with served(tiny_llama(layers=4), *words, environment=environment) as server:
         answers = [answer(server, prompt, tokens=24) for prompt in PROMPTS]
-        counts = {name: counter(server, name) for name in COUNTS} if plugin else {}
+        counts = {name: counter(server, name) for name in COUNTS}
     return answers, counts
 
 
 @pytest.fixture(scope="module")
 def stock():
-    return answers_and_counts(None, 2)[0]
+    """Stock vLLM's greedy answers on one rank, from an engine in this process."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    with make_engine(tiny_llama(layers=4)) as llm:
+        inputs = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+        outputs = [llm.generate([one], params, use_tqdm=False)[0] for one in inputs]
+    return [output.outputs[0].text for output in outputs]
 
 
 def test_everything_recomputed_equals_stock_on_two_ranks(stock):
