@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from in_process import engine, generate, write
 
 SHARED, DOCUMENTS = 0.85, 8
+KINDS = ("shared", "unrelated")
 PLUGIN = "kvshare:recompute_max=0.15"
 
 
@@ -52,7 +53,7 @@ def first_token_seconds(llm: Any, prompt: list[int]) -> float:
 
 def measure(args: argparse.Namespace, plugin: str | None, seed: int) -> dict[str, list[float]]:
     """Return seconds by kind of prompt, one for each length."""
-    found: dict[str, list[float]] = {"shared": [], "unrelated": []}
+    found: dict[str, list[float]] = {kind: [] for kind in args.kinds}
     longest = max(args.lengths)
     settings = {"max_model_len": longest + 64, "max_num_batched_tokens": 2048, "block_size": 32}
     with engine(args.model, *([plugin] if plugin else []), **settings) as llm:
@@ -60,10 +61,11 @@ def measure(args: argparse.Namespace, plugin: str | None, seed: int) -> dict[str
         generate(llm, [list(range(200))], 1)
         for length in args.lengths:
             earlier, later, unrelated = prompts(length, seed, vocab)
-            if plugin:
+            if plugin and "shared" in args.kinds:
                 generate(llm, [earlier], 1)
-            found["shared"].append(first_token_seconds(llm, later))
-            found["unrelated"].append(first_token_seconds(llm, unrelated))
+            for kind, prompt in (("shared", later), ("unrelated", unrelated)):
+                if kind in args.kinds:
+                    found[kind].append(first_token_seconds(llm, prompt))
     return found
 
 
@@ -72,6 +74,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plugin", default=PLUGIN)
     parser.add_argument("--out", type=Path)
@@ -83,7 +86,7 @@ def main() -> int:
         rounds.append(row)
         print(row, flush=True)
     summary = {}
-    for kind in ("shared", "unrelated"):
+    for kind in args.kinds:
         for i, length in enumerate(args.lengths):
             stock = [row["stock"][kind][i] for row in rounds]
             ours = [row[args.plugin][kind][i] for row in rounds]

@@ -36,7 +36,7 @@ REFRESHED = MetricSpec(
 LOST = MetricSpec(
     "kvshare_lost_segments_total",
     "counter",
-    "Stored segments whose KV was missing or damaged; the request was computed in full.",
+    "Stored segments whose KV was missing, damaged or found no room; what needed it was computed.",
 )
 EVICTED = MetricSpec(
     "kvshare_evicted_segments_total", "counter", "Stored segments that made room for others."

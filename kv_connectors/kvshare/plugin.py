@@ -173,6 +173,7 @@ class KVShareOptions(Options):
         if self.link_tokens > self.min_run:
             raise ValueError(f"link_tokens={self.link_tokens} exceeds min_run={self.min_run}")
         _check_scope(self)
+        _check_tiers(self)
         if self.mode == "exact_only":
             for name in ("selector", "recompute_min", "recompute_max", "decode_interval"):
                 # Options travel with all their values: a default spelt out is no contradiction.
@@ -238,7 +239,7 @@ class KVSharePlugin(SchedulerPlugin, WorkerPlugin):
         from vllm_plugins.engine.partial_forward import check_architecture
 
         check_architecture("--plugin kvshare", config.model_config.architectures)
-        _check_keys(options)
+        _check_files(options)
         if options.device_gib and config.device_config.device_type == "cpu":
             raise PluginError(
                 f"--plugin kvshare: device_gib={options.device_gib:g}",
@@ -297,6 +298,23 @@ def _check_scope(options: KVShareOptions) -> None:
             raise ValueError(f"{name} has no meaning with sharing_scope=request_salt")
 
 
+def _check_tiers(options: KVShareOptions) -> None:
+    """Refuse a tier that is smaller than its cache, and a size without its tier."""
+    default = KVShareOptions.model_fields["disk_gib"].default
+    if options.disk_path is None and options.disk_gib != default:
+        raise ValueError("disk_gib has no meaning without disk_path")
+    if options.disk_path is not None and options.disk_gib < options.host_gib:
+        raise ValueError(
+            f"disk_gib={options.disk_gib:g} is below host_gib={options.host_gib:g}, which is a "
+            "cache of it"
+        )
+    if options.device_gib > options.host_gib:
+        raise ValueError(
+            f"device_gib={options.device_gib:g} exceeds host_gib={options.host_gib:g}, of which it "
+            "is a cache"
+        )
+
+
 def _open_front_door(options: KVShareOptions, arguments: EngineArguments) -> None:
     """Let the server tell its requests' tenants.
 
@@ -313,10 +331,13 @@ def _open_front_door(options: KVShareOptions, arguments: EngineArguments) -> Non
         )
 
 
-def _check_keys(options: KVShareOptions) -> None:
-    """Refuse secrets that cannot be read, before the engine starts."""
+def _check_files(options: KVShareOptions) -> None:
+    """Refuse secrets and folders that cannot be used, before the engine starts."""
+    from vllm_plugins.kv_connectors.kvshare.disk import private_folder
     from vllm_plugins.kv_connectors.kvshare.tenancy import read_key
 
+    if options.disk_path is not None:
+        private_folder(options.disk_path)
     for name in ("tenant_secret_file", "operator_key_file"):
         path = getattr(options, name)
         if path is not None:

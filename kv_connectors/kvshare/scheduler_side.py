@@ -55,7 +55,7 @@ class SchedulerSide:
         options: The plug-in's options.
         block_size: Tokens of a KV block.
         layers: Decoder layers of the model.
-        capacity: Tokens that the workers' host memory holds.
+        capacity: Tokens that the workers' largest tier holds.
         metrics: Where to count.
         catalogue: The disk tier, from which the index is refilled; None without one.
     """
@@ -85,7 +85,9 @@ class SchedulerSide:
         self._orders = Orders()
         self._blocks: KVCacheManager | None = None
         if catalogue is not None:
-            self.index.restore(catalogue.labels(), catalogue.first_key)
+            # What an operator registered is to be registered again: its name is not on disk.
+            labels = {k: v for k, v in catalogue.labels().items() if v.domain != public}
+            self.index.restore(labels, catalogue.first_key)
             self._orders.known = list(self.index)
 
     def close(self) -> None:

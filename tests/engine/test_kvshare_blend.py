@@ -97,7 +97,7 @@ def test_every_reused_tokens_deviation_is_counted_once(blend):
 
 
 def test_a_deviation_that_comes_later_from_the_device_holds_up_nobody(blend, monkeypatch):
-    """As on a device: the slice that measures ends, and others until the copy is here do nothing."""
+    """As on a device: the slice that measures ends, and the next ones wait for the copy."""
     from vllm_plugins.kv_connectors.kvshare import blend as module
 
     class LateCopy(module.HostCopy):

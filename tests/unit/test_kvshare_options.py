@@ -41,6 +41,12 @@ def refusal(*texts: str) -> str:
             "mode=exact_only,recompute_max=0.5",
             "mode=exact_only recomputes nothing, so recompute_max has no meaning",
         ),
+        ("disk_gib=8", "disk_gib has no meaning without disk_path"),
+        (
+            "disk_path=/x,disk_gib=2",
+            "disk_gib=2 is below host_gib=4, which is a cache of it",
+        ),
+        ("device_gib=5", "device_gib=5 exceeds host_gib=4, of which it is a cache"),
         (
             "mode=exact_only,selector=epic",
             "mode=exact_only recomputes nothing, so selector has no meaning",
@@ -229,6 +235,21 @@ def test_a_slice_longer_than_a_step_is_refused_and_the_default_follows_the_step(
     assert check(small) == ""
     assert resolved(KVShareOptions(), small).fix_tokens_per_step == 256
     assert resolved(KVShareOptions(fix_tokens_per_step=64), small).fix_tokens_per_step == 64
+
+
+def test_a_device_tier_without_a_device_is_refused(config):
+    assert check(config, device_gib=1) == (
+        "--plugin kvshare: device_gib=1: there is no device memory apart from the host's; drop it "
+        "and raise host_gib"
+    )
+
+
+def test_a_folder_that_others_can_write_to_is_refused(config, tmp_path):
+    tmp_path.chmod(0o777)
+    assert check(config, disk_path=tmp_path) == (
+        f"--plugin kvshare: disk_path={tmp_path}: can be written to by others; "
+        f"chmod go-w {tmp_path}"
+    )
 
 
 def test_adapters_are_refused(config):

@@ -59,6 +59,8 @@ TIERS = (
     has("vllm.config:ModelConfig", "model revision", "What stored KV depends on."),
     has("vllm.config:VllmConfig", "load_config", "What stored KV depends on."),
     method("vllm.distributed:get_tp_group", "", "Ranks agree on what all of them can load."),
+    has("vllm.distributed.parallel_state:GroupCoordinator", "world_size rank_in_group cpu_group",
+        "Ranks agree on what all of them can load.", "kv_connectors/kvshare/worker_side.py"),
     has("vllm.v1.request:RequestStatus", "FINISHED_STOPPED FINISHED_LENGTH_CAPPED",
         "An order is carried out where its answer reaches somebody.", kind="object"),
 )  # fmt: skip
