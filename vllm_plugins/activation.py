@@ -93,6 +93,24 @@ def _refusal(error: PluginError) -> SystemExit:
     return SystemExit(f"vllm: error: {error}")
 
 
+class _Word(str):
+    """A word of the flag; a process that is sent one knows the flag before it reads its arguments.
+
+    vLLM starts API servers as processes of their own and sends them the parsed command line. They
+    make engine arguments from it without having loaded any entry point.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (str(self),)
+
+
+def _received(text: str) -> _Word:
+    import vllm.engine.arg_utils  # noqa: F401
+
+    register()
+    return _Word(text)
+
+
 def _add_flag(parser: Any) -> Any:
     group = parser.add_argument_group(
         title="vllm-plugins", description="Plug-ins of the vllm-plugins package."
@@ -101,6 +119,7 @@ def _add_flag(parser: Any) -> Any:
         "--plugin",
         nargs="+",
         action="extend",
+        type=_Word,
         metavar="NAME[:key=value,...]",
         help="Turn plug-ins on, by name, with options as key=value or as a JSON object with a "
         f'"name". Installed: {", ".join(entry_points())}. '
@@ -124,7 +143,8 @@ def _changes(args: argparse.Namespace) -> dict[str, Any]:
         return {}
     if arguments.is_http_server:
         # Not an engine argument: the server reads it from the command line once the engine is up.
-        args.middleware = list(dict.fromkeys([*(args.middleware or ()), *arguments.middleware]))
+        # The last is the outermost, so what the user's own find out of a client comes before ours.
+        args.middleware = list(dict.fromkeys([*arguments.middleware, *(args.middleware or ())]))
     arguments.changes["additional_config"][KEY].from_command = True
     return arguments.changes
 

@@ -38,7 +38,7 @@ class EngineArguments:
     @property
     def is_http_server(self) -> bool:
         """Whether these arguments start a server that loads ``--middleware``."""
-        return "middleware" in self._current
+        return "middleware" in self._current and not self._current.get("headless")
 
     def add_middleware(self, name: str) -> None:
         """Have an HTTP server pass every request through an ASGI middleware class.

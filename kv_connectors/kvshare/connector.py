@@ -105,6 +105,10 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
         """Drop a request, where vLLM counts blocks by group."""
         return self.request_finished(request, block_ids[0])
 
+    def has_pending_push_work(self) -> bool:
+        """Whether the workers have yet to hear what is gone: an idle engine then steps once."""
+        return self.scheduler.has_news
+
     def shutdown(self) -> None:
         """Leave the disk tier to another server."""
         if self.role == KVConnectorRole.SCHEDULER:

@@ -11,6 +11,7 @@ are the tenants' data.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -222,7 +223,11 @@ class DiskTier:
 
     def __init__(self, folder: Path, shape: KVShape, device: torch.device) -> None:
         self._folder, self._shape, self._device = private_folder(folder), shape, device
-        self._sizes = {key: path.lstat().st_size for key, path in _files(folder).items()}
+        self._sizes: dict[int, int] = {}
+        for key, path in _files(folder).items():
+            # The scheduler has not taken the lock yet: another server may still be at work here.
+            with contextlib.suppress(FileNotFoundError):
+                self._sizes[key] = path.lstat().st_size
         self._writes: dict[int, _Write] = {}
         self._done: SimpleQueue[tuple[_Write, int | None]] = SimpleQueue()
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -308,7 +313,8 @@ class DiskTier:
         while (job := self._jobs.get()) is not None:
             try:
                 job()
-            except OSError as error:
+            except Exception as error:
+                # The thread must outlive any one job: without it nothing is written any more.
                 logger.warning("kvshare: %s", error)
 
     @torch.inference_mode()
@@ -320,7 +326,7 @@ class DiskTier:
             if job.computed is not None:
                 job.computed.synchronize()
             size = segment_file.write(segment_path(self._folder, job.key), job.key, job.label, kv)
-        except OSError as error:
+        except (OSError, MemoryError, RuntimeError) as error:
             if not self._warned:
                 logger.warning("kvshare: cannot write to disk, nothing is kept there: %s", error)
             self._warned = True

@@ -122,7 +122,8 @@ class TenantFrontDoor:
         tenants = self._known_tenants(scope)
         try:
             request = json.loads(body)
-            if tenants is None or not isinstance(request, dict):
+            # SageMaker's session requests hold nothing else, so no prompt, and may not.
+            if tenants is None or not isinstance(request, dict) or set(request) == {"requestType"}:
                 return body
             request["cache_salt"] = tenants.salt(_headers(scope), request.get("cache_salt"))
             salted = json.dumps(request).encode()

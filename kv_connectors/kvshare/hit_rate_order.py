@@ -113,7 +113,8 @@ class HitRatePolicy(SchedulerPolicy):
             Waiting(
                 self._arrived[request.request_id],
                 share(request) if place < LOOKED_UP_PER_STEP else 0.0,
-                self._bypassed[request.request_id],
+                # One that was preempted has been admitted before, and is not counted any more.
+                self._bypassed.get(request.request_id, 0),
                 request.num_output_tokens > 0,
                 domain(request),
             )

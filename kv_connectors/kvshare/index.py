@@ -5,11 +5,12 @@ domain's own segments go says ``domain_table.py``; segments in use by a plan do 
 
 **Whose.** A domain that holds no more than its quota loses nothing to others for as long as it is
 active, so that nobody learns by filling the store that others have done so, or were there before.
-The quota is an eighth of the store or, with more active domains than eight, an equal share; so how
+The quota is an eighth of the store or, with more active holders than eight, an equal share; so how
 many are active is all that shows. What it holds beyond its quota is borrowed; a domain that stays
 within its own quota may take it back, in whole segments. A domain beyond its quota lives off
 itself. A domain without a request for ``idle_seconds`` has no claim; without that, domains that
-never return would fill the store.
+never return would fill the store. Domains of one *holder*, the first half of their digests, have
+one quota between them, so that a tenant does not get more by dividing its domain.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING
 
 from vllm_plugins.kv_connectors.kvshare.domain_table import DomainTable
-from vllm_plugins.kv_connectors.kvshare.segments import Draft, Segment
+from vllm_plugins.kv_connectors.kvshare.segments import DIGEST_BYTES, Draft, Segment
 
 if TYPE_CHECKING:
     from vllm_plugins.kv_connectors.kvshare.transfer import Label
@@ -101,9 +102,10 @@ class SegmentIndex:
 
     @property
     def quota(self) -> int:
-        """Tokens that an active domain never loses to others."""
-        active = len(self._domains) - sum(1 for _ in self._lapsed())
-        return self.capacity // max(self._least_shares, active)
+        """Tokens that an active holder never loses to others."""
+        lapsed = sum(1 for _ in self._lapsed())
+        active = {holder(name) for name in islice(self._domains, lapsed, None)}
+        return self.capacity // max(self._least_shares, len(active))
 
     def by_content(self, domain: bytes, content: bytes) -> Sequence[Segment]:
         """Return a domain's segments whose whole text has a digest, oldest first."""
@@ -121,6 +123,9 @@ class SegmentIndex:
     def store(self, domain: bytes, drafts: Sequence[Draft]) -> Stored:
         """Add drafts in order, each with the room that can be made for it."""
         stored = Stored([], [])
+        if domain in self._domains:
+            # A request keeps its domain active, whether or not anything in it is new.
+            self._table(domain)
         previous: Segment | None = None
         for draft in drafts:
             stored.evicted.extend(self.make_room(domain, len(draft.tokens)))
@@ -279,18 +284,22 @@ class SegmentIndex:
         return []
 
     def _possible_givers(self, domain: bytes, tokens: int) -> Iterator[tuple[DomainTable, int]]:
-        asking = self._domains.get(domain)
+        asking, mine = self._domains.get(domain), holder(domain)
         lapsed = list(self._lapsed())
         yield from ((table, 0) for table in lapsed if table is not asking)
-        active = len(self._domains) - len(lapsed) + (asking is None or asking in lapsed)
-        quota = self.capacity // max(self._least_shares, active)
-        if self.domain_used(domain) + tokens <= quota:
-            tables = self._domains.values()
-            borrowers = [t for t in tables if t is not asking and t.used > quota]
-            borrowers.sort(key=lambda table: (-table.used, table.seen))
-            yield from ((table, quota) for table in borrowers)
+        held: dict[bytes, list[DomainTable]] = {mine: []}
+        for place, (name, table) in enumerate(self._domains.items()):
+            if place >= len(lapsed) or name == domain:
+                held.setdefault(holder(name), []).append(table)
+        used = {name: sum(table.used for table in tables) for name, tables in held.items()}
+        quota = self.capacity // max(self._least_shares, len(held))
+        if used[mine] + tokens <= quota:
+            for name in sorted(held, key=lambda name: -used[name]):
+                if name != mine and used[name] > quota:
+                    yield from _beyond(held[name], used[name] - quota)
         if asking:
             yield asking, 0
+        yield from ((table, 0) for table in held[mine] if table is not asking)
 
     def _lapsed(self) -> Iterator[DomainTable]:
         """Yield the domains that have no claim any more, the longest idle first."""
@@ -343,3 +352,17 @@ class SegmentIndex:
         del self._segments[segment.key]
         if not table.used:
             del self._domains[segment.domain]
+
+
+def holder(domain: bytes) -> bytes:
+    """Return whose a domain is: the half of its digest that its tenant's other domains share."""
+    return domain[: DIGEST_BYTES // 2]
+
+
+def _beyond(tables: Sequence[DomainTable], borrowed: int) -> Iterator[tuple[DomainTable, int]]:
+    """Yield a holder's domains, the longest idle first, with what each keeps of what it holds."""
+    for table in tables:
+        given = min(table.used, borrowed)
+        borrowed -= given
+        if given:
+            yield table, table.used - given

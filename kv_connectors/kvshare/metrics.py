@@ -39,7 +39,9 @@ LOST = MetricSpec(
     "Stored segments whose KV was missing, damaged or found no room; what needed it was computed.",
 )
 EVICTED = MetricSpec(
-    "kvshare_evicted_segments_total", "counter", "Stored segments that made room for others."
+    "kvshare_evicted_segments_total",
+    "counter",
+    "Stored segments that are gone: they made room, were lost, or the operator evicted them.",
 )
 BYPASSES = MetricSpec(
     "kvshare_bypasses_total",

@@ -185,26 +185,29 @@ class Office:
         Raises:
             HTTPException: One of them has not answered in time, or not at all.
         """
-        signed = self._orders.sign(order)
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                asked = (self._ask_rank(signed, prompt, rank) for rank in self._ranks())
+                asked = (self._ask_rank(order, prompt, rank) for rank in self._ranks())
                 return await asyncio.gather(*asked)
         except TimeoutError:
             reason = f"The engine has not answered within {TIMEOUT_S:.0f} s."
             raise HTTPException(504, reason) from None
 
     async def _ask_rank(
-        self, signed: Mapping[str, object], prompt: Sequence[int], rank: int | None
+        self, order: Mapping[str, object], prompt: Sequence[int], rank: int | None
     ) -> dict[str, Any]:
+        salt = canonical_salt()
+        # With the salt, so that an order that was seen, in a log, is of no use to a client, whose
+        # salt the front door writes.
+        signed = self._orders.sign({**order, "salt": salt})
         params = SamplingParams(
             max_tokens=1,
             temperature=0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={"kv_transfer_params": {"kvshare": {"operator": dict(signed)}}},
+            extra_args={"kv_transfer_params": {"kvshare": {"operator": signed}}},
         )
-        inputs = tokens_input(list(prompt), cache_salt=canonical_salt())
+        inputs = tokens_input(list(prompt), cache_salt=salt)
         request_id = f"kvshare-operator-{uuid4().hex}"
         told: Any = None
         async for output in self._client.generate(

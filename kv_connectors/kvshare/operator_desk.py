@@ -14,6 +14,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from vllm_plugins.kv_connectors.kvshare.segments import Segment, Tokens, as_tokens
+from vllm_plugins.kv_connectors.kvshare.tenancy import OperatorOrders, read_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_plugins.kv_connectors.kvshare.index import SegmentIndex, Stored
-    from vllm_plugins.kv_connectors.kvshare.tenancy import OperatorOrders
+    from vllm_plugins.kv_connectors.kvshare.plugin import KVShareOptions
 
 # Digits of a domain's digest that are shown, and that name it in an order.
 SHOWN_DIGITS = 16
@@ -67,7 +68,7 @@ class OperatorDesk:
         if self._signed is None or not isinstance(params, dict) or "operator" not in params:
             return None
         order = self._signed.verify(params["operator"])
-        if order is None:
+        if order is None or order.get("salt") != request.cache_salt:
             return None
         if order["do"] != "register":
             return Order(order["do"], str(order.get("what", "")), str(order.get("name", "")))
@@ -116,6 +117,10 @@ class OperatorDesk:
         segments = [segment for segment in stored.segments if segment is not None]
         if not segments:
             return {"error": "nothing to store: the text is too short or there is no room"}, []
+        refusal = self.refusal(order)
+        if refusal:
+            # Another request has registered the name meanwhile.
+            return {"error": refusal}, [s.key for s in segments if self._index.remove(s.key)]
         if len(segments) < len(stored.segments):
             gone = [s.key for s in segments if self._index.remove(s.key)]
             quota = self._index.quota
@@ -126,10 +131,12 @@ class OperatorDesk:
 
     def lost(self, key: int) -> list[int]:
         """Let go of a canonical segment whose KV is gone; return the keys that go with it."""
-        for segments in self._canonical.values():
+        for name, segments in self._canonical.items():
             for segment in segments:
                 if segment.key == key:
                     segments.remove(segment)
+                    if not segments:
+                        del self._canonical[name]
                     return self._index.unpin([segment])
         return []
 
@@ -165,6 +172,18 @@ class OperatorDesk:
                 {"name": name, **_sums(own, spare=1)} for name, own in self._canonical.items()
             ],
         }
+
+
+def operator_orders(options: KVShareOptions) -> OperatorOrders | None:
+    """Return what verifies the operator's orders; None where there is no operator.
+
+    Raises:
+        PluginError: The operator's key cannot be read.
+    """
+    path = options.operator_key_file
+    if path is None:
+        return None
+    return OperatorOrders(read_key("--plugin kvshare: operator_key_file", path))
 
 
 def prompt_digest(tokens: Tokens) -> str:

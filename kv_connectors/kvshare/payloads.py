@@ -141,9 +141,15 @@ class Payloads:
         if self._waiting or not self._make_room(size):
             self._lost.add(save.key)
             return None
-        self.bytes += size
         shape = self._shape.of(save.length)
-        return torch.empty(shape, dtype=self._shape.dtype, pin_memory=self._pinned)
+        try:
+            payload = torch.empty(shape, dtype=self._shape.dtype, pin_memory=self._pinned)
+        except (MemoryError, RuntimeError):
+            # Page-locked memory is scarcer than host_gib says.
+            self._lost.add(save.key)
+            return None
+        self.bytes += size
+        return payload
 
     def _make_room(self, size: int) -> bool:
         """Drop what was idle longest until ``size`` bytes fit; nothing where they cannot."""

@@ -70,6 +70,11 @@ class Plan:
             reach = run.end
         return reach
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether all of it is what a full prefill would give, so that nothing is to be computed."""
+        return self.exact_prefix_end >= self.end
+
     def shortened(self, block: int, exact_only: bool) -> Plan:
         """Return the plan cut so that it ends on a block's edge, and not far beyond its last run.
 
@@ -127,6 +132,7 @@ class Planner:
         max_generation: Segments of a higher generation are neither used nor stored.
         chunk_sizes: Bounds of the chunks that are stored.
         public: Digest of a domain whose text every other one may use too.
+        exact_only: Whether text is stored again behind another context, as only there it is exact.
     """
 
     def __init__(
@@ -136,6 +142,8 @@ class Planner:
         max_generation: int = 1,
         chunk_sizes: ChunkSizes | None = None,
         public: bytes | None = None,
+        *,
+        exact_only: bool = False,
     ) -> None:
         if min_run < WINDOW:
             raise ValueError(f"min_run={min_run} is below {WINDOW}")
@@ -144,6 +152,7 @@ class Planner:
         self._max_generation = max_generation
         self._chunks = chunk_sizes or ChunkSizes()
         self._public = public
+        self._exact_only = exact_only
 
     def plan(self, domain: bytes, tokens: Iterable[int] | Tokens, start: int, end: int) -> Plan:
         """Plan the reuse for ``tokens[start:end]``.
@@ -225,7 +234,9 @@ class Planner:
             # Requests that ran beside this one may have stored the same text.
             now = self.plan(domain, text, start, len(text))
             for run in now.runs:
-                if run.segment.generation <= (0 if exact else done.generation_at(run.start)):
+                allowed = 0 if exact else done.generation_at(run.start)
+                serves = run.exact or not self._exact_only
+                if serves and run.segment.generation <= allowed:
                     held.append((run.start, run.end))
         return sorted(held)
 

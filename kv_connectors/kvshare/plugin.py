@@ -322,7 +322,8 @@ def _open_front_door(options: KVShareOptions, arguments: EngineArguments) -> Non
         PluginError: Nobody vouches for the tenants' names.
     """
     arguments.add_middleware(FRONT_DOOR)
-    keys = arguments.get("api_key") or os.environ.get("VLLM_API_KEY")
+    # As vLLM reads them: an empty key is none, and hides the environment's.
+    keys = [k for k in arguments.get("api_key") or [os.environ.get("VLLM_API_KEY")] if k]
     if arguments.is_http_server and options.tenant_header is None and not keys:
         raise PluginError(
             f"--plugin kvshare: sharing_scope={options.sharing_scope}",

@@ -17,11 +17,10 @@ from vllm_plugins.kv_connectors.kvshare import metrics as m
 from vllm_plugins.kv_connectors.kvshare.chunking import ChunkSizes
 from vllm_plugins.kv_connectors.kvshare.domains import Domains
 from vllm_plugins.kv_connectors.kvshare.index import SegmentIndex, Stored
-from vllm_plugins.kv_connectors.kvshare.operator_desk import OperatorDesk
+from vllm_plugins.kv_connectors.kvshare.operator_desk import OperatorDesk, operator_orders
 from vllm_plugins.kv_connectors.kvshare.planner import Plan, Planner
 from vllm_plugins.kv_connectors.kvshare.request_state import RequestState
 from vllm_plugins.kv_connectors.kvshare.segments import Segment, as_tokens
-from vllm_plugins.kv_connectors.kvshare.tenancy import OperatorOrders, read_key
 from vllm_plugins.kv_connectors.kvshare.transfer import (
     Label,
     Orders,
@@ -78,8 +77,15 @@ class SchedulerSide:
         self._domains = Domains(options, catalogue.domain_key if catalogue else os.urandom(32))
         public = self._domains.public
         sizes = ChunkSizes(options.chunk_min, options.chunk_max)
-        self._planner = Planner(self.index, options.min_run, options.max_generation, sizes, public)
-        self._desk = OperatorDesk(_operator_orders(options), self.index, public)
+        self._planner = Planner(
+            self.index,
+            options.min_run,
+            options.max_generation,
+            sizes,
+            public,
+            exact_only=options.mode == "exact_only",
+        )
+        self._desk = OperatorDesk(operator_orders(options), self.index, public)
         self._metrics = metrics
         self._states: dict[str, RequestState] = {}
         self._orders = Orders()
@@ -94,6 +100,11 @@ class SchedulerSide:
         """Let another server use the disk tier."""
         if self._catalogue is not None:
             self._catalogue.close()
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there are orders that must not wait for the next request."""
+        return bool(self._orders.evicted)
 
     def bind(self, manager: KVCacheManager) -> None:
         """Take vLLM's KV cache manager, which knows the requests' blocks."""
@@ -169,7 +180,7 @@ class SchedulerSide:
     def _worth_it(self, plan: Plan | None) -> Plan | None:
         if plan is None or plan.reused < self._options.min_reuse:
             return None
-        if self._is_exact(plan):
+        if plan.is_exact:
             return plan
         recomputed = self._options.recompute_max * plan.reused
         gaps = plan.end - plan.start - plan.reused
@@ -179,9 +190,6 @@ class SchedulerSide:
         # measuring, and whoever sets it wants it done.
         neutral = self._options.recompute_min == 1.0
         return plan if neutral or work <= (1 - LEAST_SAVING) * span else None
-
-    def _is_exact(self, plan: Plan) -> bool:
-        return plan.exact_prefix_end >= plan.end
 
     def admitted(self, request: Request, promised: int) -> None:
         """Order what was promised, now that the request has its blocks.
@@ -197,7 +205,7 @@ class SchedulerSide:
         assert plan is not None and plan.end - plan.start == promised
         self.index.pin(plan.segments)
         state.pinned, state.used, state.loading = plan.segments, plan, True
-        exact = self._is_exact(plan)
+        exact = plan.is_exact
         # Not again after a preemption: what the prefix cache gives back then is not told apart.
         looked_at = not exact and not request.num_preemptions and self._options.decode_interval
         state.refreshed = 0 if looked_at else None
@@ -335,8 +343,11 @@ class SchedulerSide:
     def _lose(self, keys: set[int]) -> None:
         """Forget segments whose KV is gone."""
         for key in keys:
+            if key not in self.index:
+                # Another rank or request has reported it already.
+                continue
             self._metrics.inc(m.LOST.name)
-            if key in self.index and self.index.remove(key):
+            if self.index.remove(key):
                 self._orders.evicted.append(key)
             self._orders.evicted += self._desk.lost(key)
 
@@ -345,7 +356,10 @@ class SchedulerSide:
         for request_id in request_ids:
             state = self._states.get(request_id)
             if state is not None:
-                state.declined, state.used, state.refreshed = True, None, None
+                state.declined, state.refreshed = True, None
+                if not state.request.num_preemptions:
+                    # Else the prefix cache may have given back what an earlier plan made.
+                    state.used = None
 
     def ended(self, request: Request) -> dict[str, Any] | None:
         """Drop a request that finished or was aborted.
@@ -382,10 +396,3 @@ class SchedulerSide:
         gone += [key for key in list(self.index) if self.index.remove(key)]
         self._orders.evicted += gone
         return not len(self.index)
-
-
-def _operator_orders(options: KVShareOptions) -> OperatorOrders | None:
-    path = options.operator_key_file
-    if path is None:
-        return None
-    return OperatorOrders(read_key("--plugin kvshare: operator_key_file", path))

@@ -26,6 +26,8 @@ _TENANT, _CANONICAL, _UNSIGNED = "kvshare.tenant.", "kvshare.canonical.", "kvsha
 # 256 bits of domain and 128 of signature: 112 characters of the 128 that vLLM lets a salt have.
 _SIGNED_SALT = re.compile(re.escape(_TENANT) + r"([0-9a-f]{64})\.([0-9a-f]{32})")
 _SIGNATURE_BYTES = 16
+# Of a domain's digest; 128 bits each.
+_HALF = 16
 # Whoever sends an order pays for reading it only up to here; genuine ones are far smaller.
 _MOST_FIELDS, _MOST_FIELD_CHARACTERS = 8, 256
 
@@ -82,6 +84,7 @@ class TenantSalts:
 
     def __init__(self, secret: bytes) -> None:
         self._naming = _derived(secret, "tenant domain")
+        self._dividing = _derived(secret, "division of a domain")
         self._signing = _derived(secret, "tenant salt")
 
     def salt(self, tenant: str, own: str | None) -> str:
@@ -95,7 +98,9 @@ class TenantSalts:
         Returns:
             At most 128 characters, all of which vLLM takes in a salt.
         """
-        domain = _mac(self._naming, _framed((tenant,) if own is None else (tenant, own)))
+        # Its first half names the tenant, whose domains share a quota; the other one the division.
+        division = _mac(self._dividing, _framed((tenant,) if own is None else (tenant, own)))
+        domain = _mac(self._naming, _framed((tenant,)))[:_HALF] + division[:_HALF]
         return f"{_TENANT}{domain.hex()}.{self._signature(domain)}"
 
     def domain(self, salt: str | None) -> bytes | None:

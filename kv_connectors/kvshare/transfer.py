@@ -186,6 +186,10 @@ class Orders(KVConnectorMetadata):
     evicted: list[int] = field(default_factory=list)
     known: list[int] | None = None
 
+    def anon_repr(self) -> str:
+        """Return what vLLM may write into a log when a step fails: no token ids."""
+        return f"Orders(reuses={len(self.reuses)}, saves={len(self.saves)})"
+
 
 @dataclass
 class Results(KVConnectorWorkerMetadata):

@@ -17,7 +17,7 @@ from vllm_plugins.errors import PluginError
 from vllm_plugins.kv_connectors.kvshare.blend import Blend, Kitchen, Recipe
 from vllm_plugins.kv_connectors.kvshare.deviation import Budget
 from vllm_plugins.kv_connectors.kvshare.device_tier import GIB, ArenaSize, DeviceTier
-from vllm_plugins.kv_connectors.kvshare.disk import DiskTier, rank_folder
+from vllm_plugins.kv_connectors.kvshare.disk import DiskTier, private_folder, rank_folder
 from vllm_plugins.kv_connectors.kvshare.metrics import DEVIATION_BUCKETS
 from vllm_plugins.kv_connectors.kvshare.payloads import Payloads, State
 from vllm_plugins.kv_connectors.kvshare.refresh import Stale, refresh
@@ -87,7 +87,7 @@ class WorkerSide:
             )
         if self._folder is None:
             return Payloads(pages, device=device_tier)
-        rank = rank_folder(self._folder, get_tp_group().rank_in_group)
+        rank = rank_folder(private_folder(self._folder), get_tp_group().rank_in_group)
         disk = DiskTier(rank, shape, pages.device)
         return Payloads(pages, int(self._options.host_gib * GIB), disk, device_tier)
 

@@ -23,9 +23,11 @@ def stock():
     return stock_answers()
 
 
-def test_preempted_requests_are_planned_again_and_lose_no_block(stock):
+@pytest.mark.parametrize("order", ["arrival", "hit_rate"])
+def test_preempted_requests_are_planned_again_and_lose_no_block(stock, order):
     """Room for two prompts, but not for their answers too."""
-    with served(NEUTRAL, num_gpu_blocks_override=35, max_model_len=800) as engine:
+    spec = f"{NEUTRAL},order={order}"
+    with served(spec, num_gpu_blocks_override=35, max_model_len=800) as engine:
         engine.greedy([prompt(0, 1, 2)])
         preempted = 0
         for p in PROMPTS[:4]:

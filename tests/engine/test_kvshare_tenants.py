@@ -67,12 +67,12 @@ def cached(output) -> int:
 
 def operate(engine: Served, prompt_ids=(1,), salt=None, **order):
     """Send an order the way the endpoint does, and return its answer."""
-    return send(engine, ORDERS.sign(order), prompt_ids, salt)
-
-
-def send(engine: Served, signed, prompt_ids=(1,), salt=None):
-    extra = {"kv_transfer_params": {"kvshare": {"operator": signed}}}
     salt = salt or canonical_salt()
+    return send(engine, ORDERS.sign({**order, "salt": salt}), prompt_ids, salt)
+
+
+def send(engine: Served, signed, prompt_ids, salt):
+    extra = {"kv_transfer_params": {"kvshare": {"operator": signed}}}
     [output] = engine.greedy([list(prompt_ids)], salt=salt, tokens=1, extra=extra)
     params = output.kv_transfer_params
     return params and params["kvshare"]["operator"]
@@ -278,12 +278,46 @@ def test_a_name_can_be_registered_once_and_a_text_without_room_leaves_nothing(sh
     shared.assert_idle()
 
 
+def test_two_registrations_of_one_name_in_flight_leave_one_text(shared):
+    shared.forget()
+    from vllm import SamplingParams
+
+    for text in (DOCS[0], DOCS[1]):
+        prompt_ids, salt = [1, *text], canonical_salt()
+        order = {
+            "do": "register",
+            "name": "twice",
+            "context": 1,
+            "prompt": prompt_digest(as_tokens(prompt_ids)),
+            "salt": salt,
+        }
+        params = {"kvshare": {"operator": ORDERS.sign(order)}}
+        settings = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": params})
+        shared.ids += 1
+        inputs = {"prompt_token_ids": prompt_ids, "cache_salt": salt}
+        shared.engine.add_request(f"r{shared.ids}", inputs, settings)
+    answers = []
+    while shared.engine.has_unfinished_requests():
+        done = [output for output in shared.engine.step() if output.finished]
+        answers += [output.kv_transfer_params["kvshare"]["operator"] for output in done]
+    assert sorted("error" in answer for answer in answers) == [False, True]
+    [row] = operate(shared, do="inspect")["canonical"]
+    assert row["name"] == "twice"
+    assert operate(shared, do="evict", what="all")["evicted_tokens"] == row["tokens"]
+    shared.step_once()
+    assert not len(shared.side.index)
+    shared.assert_idle()
+
+
 def test_orders_that_the_operator_has_not_signed_do_nothing(shared):
     shared.forget()
     shared.greedy([prompt(0, 1, 2)], salt=ALICE)
     held = len(shared.side.index)
-    genuine = ORDERS.sign({"do": "evict", "what": "all", "name": ""})
-    forged = OperatorOrders(b"x" * 32).sign({"do": "evict", "what": "all", "name": ""})
+    everything = {"do": "evict", "what": "all", "name": "", "salt": BOB}
+    genuine = ORDERS.sign(everything)
+    forged = OperatorOrders(b"x" * 32).sign(everything)
+    # One that was seen in a log, of another request.
+    seen = ORDERS.sign(everything | {"salt": canonical_salt()})
     for order in (
         None,
         [],
@@ -291,13 +325,14 @@ def test_orders_that_the_operator_has_not_signed_do_nothing(shared):
         {},
         {"do": "evict", "what": "all"},
         forged,
+        seen,
         genuine | {"what": "domain"},
         genuine | {"mac": None},
     ):
-        assert send(shared, order, salt=BOB) is None
+        assert send(shared, order, [1], BOB) is None
     # A registration is bound to its own prompt.
-    signed = ORDERS.sign({"do": "register", "name": "x", "context": 1, "prompt": "00"})
-    assert send(shared, signed, [1, *DOCS[3]]) is None
+    order = {"do": "register", "name": "x", "context": 1, "prompt": "00"}
+    assert operate(shared, [1, *DOCS[3]], **order) is None
     assert len(shared.side.index) == held
     assert not operate(shared, do="inspect")["canonical"]
 

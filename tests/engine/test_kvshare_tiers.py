@@ -1,5 +1,7 @@
 """The disk tier on the real engine: a restart, host memory smaller than the store, damage."""
 
+import stat
+
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -46,6 +48,7 @@ def test_what_was_stored_is_reused_after_a_restart(tmp_path, stock):
         engine.greedy([prompt(0, 1, 2)])
         wait_until_written(engine)
         keys = set(engine.side.index)
+        assert stat.S_IMODE(engine.worker._folder.stat().st_mode) == 0o700
     assert len(files(tmp_path)) == len(keys) > 1
     with served(f"{EXACT},disk_path={tmp_path}") as engine:
         assert set(engine.side.index) >= keys
@@ -82,6 +85,18 @@ def test_host_memory_smaller_than_what_is_stored_only_costs_reads(tmp_path, stoc
         assert_stock(reused, stock[::-1])
         assert payloads.bytes <= host * 2**30
         del output
+
+
+def test_a_reset_of_an_idle_engine_reaches_the_disk(tmp_path):
+    with served(f"{EXACT},disk_path={tmp_path}") as engine:
+        engine.greedy([prompt(0, 1, 2)])
+        wait_until_written(engine)
+        assert engine.llm.reset_prefix_cache(reset_connector=True)
+        # What the engine's own loop asks before it sleeps.
+        assert engine.scheduler.has_requests()
+        engine.llm.llm_engine.engine_core.engine_core.step()
+        assert not engine.scheduler.has_requests()
+    assert not files(tmp_path)
 
 
 def test_damaged_files_are_computed_again(tmp_path, stock):

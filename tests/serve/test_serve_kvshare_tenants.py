@@ -41,7 +41,8 @@ def server(plugin):
     arguments = ("--block-size", "32", "--max-num-seqs", "8", "--max-num-batched-tokens", "256")
     allowed = {"VLLM_PLUGINS": "vllm_plugins,kvshare_operator"}
     words = (*arguments, "--enable-prompt-tokens-details", "--trust-request-chat-template")
-    words += ("--api-key", ALICE, BOB)
+    # Two API servers, which are processes of their own: each has a front door and the endpoints.
+    words += ("--api-key", ALICE, BOB, "--api-server-count", "2")
     with served(tiny_llama(layers=4), *words, "--plugin", plugin, environment=allowed) as running:
         yield running
 

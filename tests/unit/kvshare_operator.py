@@ -64,6 +64,8 @@ class FakeEngine:
     async def generate(self, prompt, params, request_id, *, data_parallel_rank=None):
         signed = params.extra_args["kv_transfer_params"]["kvshare"]["operator"]
         order = self.verifier.verify(signed)
+        # Bound to this very request.
+        assert order.pop("salt") == prompt["cache_salt"]
         self.seen.append(
             SimpleNamespace(
                 order=order, prompt=prompt, params=params, id=request_id, rank=data_parallel_rank

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import subprocess
 import sys
 
 import pytest
@@ -242,6 +243,32 @@ def test_engine_arguments_can_be_sent_to_another_process(from_command_line, sent
     twin = sent(arguments)
     assert plugins_of(twin) == plugins_of(arguments) == {"sarathi": {"tbt_slo_ms": 40.0}}
     assert vars(twin).items() <= vars(arguments).items()
+
+
+CHILD = """
+import pickle, sys
+args = pickle.load(sys.stdin.buffer)
+from vllm.engine.arg_utils import AsyncEngineArgs
+made = AsyncEngineArgs.from_cli_args(args)
+from vllm_plugins.settings import requested
+print(made.scheduler_cls, [spec.name for spec in requested(made.additional_config)])
+"""
+
+
+def test_a_process_that_is_sent_the_command_line_knows_the_flag(tiny_llama):
+    """As an API server that vLLM starts as a process of its own: it loads no entry point first."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    words = ["--model", str(tiny_llama), *STOCK, "--plugin", "sarathi", "spf"]
+    args = pickle.dumps(copy.copy(parser.parse_args(words)))
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD], input=args, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    said = done.stdout.decode().strip().splitlines()[-1]
+    assert said == f"{SCHEDULER_HOST} ['sarathi', 'spf']"
 
 
 def test_offline_arguments():

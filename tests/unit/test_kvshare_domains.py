@@ -11,6 +11,7 @@ import pytest
 from tests.unit.kvshare_texts import DOMAIN, OTHER, Server, check_plan, joined, random_text
 from vllm_plugins.errors import PluginError
 from vllm_plugins.kv_connectors.kvshare.domains import Domains
+from vllm_plugins.kv_connectors.kvshare.index import holder
 from vllm_plugins.kv_connectors.kvshare.plugin import FRONT_DOOR, KVShareOptions
 from vllm_plugins.kv_connectors.kvshare.tenancy import TenantSalts
 from vllm_plugins.registry import enable
@@ -55,6 +56,18 @@ def test_with_tenants_only_a_signed_salt_has_a_domain(tmp_path):
     alice, bob = salts.salt("alice", None), salts.salt("bob", None)
     assert domains.of(alice) not in (None, domains.of(bob))
     assert domains.of("alice") is domains.of(None) is domains.of(alice[:-1]) is None
+
+
+def test_a_tenants_divisions_are_one_holders(tmp_path):
+    options = tenant_options(tmp_path)
+    domains = Domains(options, b"unused" * 6)
+    salts = TenantSalts(options.tenant_secret_file.read_bytes())
+    whole, part, bobs = (
+        domains.of(salts.salt(*who)) for who in (("alice", None), ("alice", "x"), ("bob", "x"))
+    )
+    assert len({whole, part, bobs}) == 3
+    assert holder(whole) == holder(part) != holder(bobs)
+    assert part[16:] != bobs[16:]
 
 
 def test_a_tenants_domain_is_the_same_in_every_process(tmp_path):
@@ -177,15 +190,17 @@ def server_line(monkeypatch):
 
 def test_a_server_with_tenants_gets_the_front_door_once(server_line, tmp_path):
     spec = f"kvshare:sharing_scope=tenant,tenant_secret_file={key_file(tmp_path)}"
-    assert server_line(spec, api_key=["k1", "k2"]) == ["their.Own", FRONT_DOOR]
-    assert server_line(f"{spec},tenant_header=X-Tenant", api_key=None) == ["their.Own", FRONT_DOOR]
+    assert server_line(spec, api_key=["k1", "k2"]) == [FRONT_DOOR, "their.Own"]
+    assert server_line(f"{spec},tenant_header=X-Tenant", api_key=None) == [FRONT_DOOR, "their.Own"]
     assert server_line("kvshare", api_key=None) == ["their.Own"]
 
 
-def test_tenants_that_nobody_vouches_for_are_refused(server_line, tmp_path):
+@pytest.mark.parametrize("keys", [None, [], [""]])
+def test_tenants_that_nobody_vouches_for_are_refused(server_line, tmp_path, keys):
     spec = f"kvshare:sharing_scope=tenant,tenant_secret_file={key_file(tmp_path)}"
+    assert server_line(spec, api_key=keys, headless=True) == ["their.Own"]
     with pytest.raises(SystemExit) as caught:
-        server_line(spec, api_key=None)
+        server_line(spec, api_key=keys)
     assert str(caught.value) == (
         "vllm: error: --plugin kvshare: sharing_scope=tenant: tells tenants by their API keys, and "
         "the server checks none; set --api-key, or tenant_header behind a gateway that sets it"

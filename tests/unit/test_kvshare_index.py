@@ -213,6 +213,33 @@ def test_any_number_of_domains_share_equally():
     check_index(server.index)
 
 
+def test_dividing_ones_domain_takes_nothing_from_others():
+    """A holder with a hundred domains has one share, and so has the one with a single domain."""
+    server = Server(4000)
+    mine = fill(server, b"m" * 32, 500, 200)
+    for i in range(100):
+        fill(server, b"h" * 16 + b"%16d" % i, 500, 300 + i)
+    assert held(server, mine, b"m" * 32) == 500
+    used = sum(t.used for n, t in server.index._domains.items() if n.startswith(b"h"))
+    assert used == 3500
+    # Beyond its share it is a borrower, whichever of its domains holds what.
+    others = fill(server, b"o" * 32, 500, 500)
+    assert held(server, others, b"o" * 32) == 500
+    assert held(server, mine, b"m" * 32) == 500
+    check_index(server.index)
+
+
+def test_a_request_keeps_its_domain_active_without_anything_new():
+    now = [0.0]
+    server = Server(1000, idle_seconds=60, clock=lambda: now[0])
+    mine = fill(server, DOMAIN, 100, 1)
+    for _ in range(10):
+        now[0] += 50
+        server.index.store(DOMAIN, [])
+        fill(server, OTHER, 2000, int(now[0]))
+    assert held(server, mine) == 100
+
+
 def test_domains_that_are_idle_have_no_quota():
     now = [0.0]
     server = Server(4000, least_shares=4, idle_seconds=60, clock=lambda: now[0])

@@ -143,3 +143,18 @@ def test_drafts_keep_no_reference_to_the_prompt():
         assert draft.tokens.base is None
         assert draft.anchors.hashes.base is None
         assert draft.anchors.offsets.base is None
+
+
+@pytest.mark.parametrize("exact_only", [False, True])
+def test_where_only_exact_reuse_counts_a_text_is_stored_behind_each_context(exact_only):
+    server = Server()
+    server.planner._exact_only = exact_only
+    rng = np.random.default_rng(8)
+    document, first, second = (random_text(rng, size) for size in (300, 40, 50))
+    server.serve(joined(first, document))
+    text = joined(second, document)
+    # As the scheduler does: what no exact plan serves is computed without one.
+    drafts = server.planner.new_segments(DOMAIN, text, None, 0, len(text))
+    assert (sum(len(d.tokens) for d in drafts) == len(text)) == exact_only
+    server.index.store(DOMAIN, drafts)
+    assert (server.plan(text).exact_prefix_end == len(text)) == exact_only
