@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def is_exact(self) -> bool:
-        """Whether all of it is what a full prefill would give, so that nothing is to be computed."""
+        """Whether all of it is what a full prefill would give: there is nothing to compute."""
         return self.exact_prefix_end >= self.end
 
     def shortened(self, block: int, exact_only: bool) -> Plan:

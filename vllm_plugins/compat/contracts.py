@@ -67,7 +67,7 @@ FLAG = (
     method(
         "vllm.plugins:load_general_plugins",
         "",
-        "Called by vLLM before it builds its parser, and in every other process.",
+        "Called by vLLM before it builds its parser, and in engines and workers.",
         ACTIVATION,
     ),
     behaves(
