@@ -91,7 +91,8 @@ def test_damaged_kv_is_computed_again(neutral, stock, fault):
     neutral.forget()
     neutral.greedy([prompt(0, 1, 2)])
     stored = neutral.worker.kitchen.payloads._stored
-    key = sorted(stored)[1]
+    # Where the cuts fall depends on the server's key; there may be one segment only.
+    key = max(stored)
     if fault == "lost":
         neutral.worker.kitchen.payloads.forget(key)
     elif fault == "truncated":

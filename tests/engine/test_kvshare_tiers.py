@@ -49,7 +49,7 @@ def test_what_was_stored_is_reused_after_a_restart(tmp_path, stock):
         wait_until_written(engine)
         keys = set(engine.side.index)
         assert stat.S_IMODE(engine.worker._folder.stat().st_mode) == 0o700
-    assert len(files(tmp_path)) == len(keys) > 1
+    assert len(files(tmp_path)) == len(keys) > 0
     with served(f"{EXACT},disk_path={tmp_path}") as engine:
         assert set(engine.side.index) >= keys
         assert not len(engine.worker.kitchen.payloads)
