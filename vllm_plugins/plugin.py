@@ -7,6 +7,7 @@ is imported inside the methods that run in an engine.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -113,7 +114,7 @@ class Plugin:
         """
 
 
-class SchedulerPlugin(Plugin):
+class SchedulerPlugin(Plugin, ABC):
     """A plug-in that is one policy of the scheduler host."""
 
     family: ClassVar[Family] = "scheduler"
@@ -135,18 +136,18 @@ class SchedulerPlugin(Plugin):
         """Whether the policy decides the order of waiting requests; only one can."""
         return False
 
+    @abstractmethod
     def policy(self, options: Any, config: VllmConfig) -> SchedulerPolicy:
         """Make the policy; runs once in each engine process."""
-        raise NotImplementedError(f"{type(self).__name__} declares no policy")
 
 
-class WorkerPlugin(Plugin):
+class WorkerPlugin(Plugin, ABC):
     """A plug-in with a part in each worker process, through the worker host."""
 
     def configure(self, options: Any, arguments: EngineArguments) -> None:
         """Choose the worker host, which finds its listeners in the engine's configuration."""
         arguments.set("worker_cls", WORKER_HOST)
 
+    @abstractmethod
     def listener(self, options: Any, config: VllmConfig) -> WorkerListener:
         """Make the plug-in's part in a worker; runs once in each worker process."""
-        raise NotImplementedError(f"{type(self).__name__} declares no listener")

@@ -50,7 +50,7 @@ def load(name: str) -> Plugin:
     """Load one plug-in's declaration.
 
     Raises:
-        PluginError: No such plug-in, or its package does not import.
+        PluginError: No such plug-in, its package does not import, or its class is not complete.
     """
     points = entry_points()
     if name not in points:
@@ -75,6 +75,13 @@ def load(name: str) -> Plugin:
             f"--plugin {name}",
             f"{points[name].value} is not a subclass of vllm_plugins.plugin.Plugin",
             "point the entry point at the plug-in's class",
+        )
+    missing = ", ".join(sorted(getattr(declaration, "__abstractmethods__", ())))
+    if missing:
+        raise PluginError(
+            f"--plugin {name}",
+            f"{points[name].value} leaves out {missing}",
+            "complete the plug-in's class",
         )
     return declaration()
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 from pydantic import Field
 
-from vllm_plugins.plugin import Options, Plugin, Requirements
+from vllm_plugins.plugin import Options, Plugin, Requirements, SchedulerPlugin, WorkerPlugin
 from vllm_plugins.registry import GROUP
 
 
@@ -80,6 +80,19 @@ class SchedulerSetter(Plugin):
 
 
 NOT_A_PLUGIN = {"a": "dictionary"}
+
+
+class WithoutPolicy(SchedulerPlugin):
+    name = "without_policy"
+    summary = "Leaves out what a scheduler plug-in is for."
+    exactness = "exact"
+
+
+class WithoutListener(WorkerPlugin):
+    name = "without_listener"
+    family = "kv connector"
+    summary = "Leaves out what a worker plug-in is for."
+    exactness = "exact"
 
 
 def offer(patch: pytest.MonkeyPatch, **plugins: str) -> None:

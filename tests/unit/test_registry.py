@@ -190,6 +190,19 @@ def test_entry_points_that_do_not_work(monkeypatch):
     assert [item.plugin.name for item in enable(parse_specs(["spf"]))] == ["spf"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "missing"), [("WithoutPolicy", "policy"), ("WithoutListener", "listener")]
+)
+def test_a_plugin_that_leaves_out_its_part_is_refused_before_anything_starts(
+    monkeypatch, kind, missing
+):
+    offer(monkeypatch, partial=kind)
+    assert refusal("partial") == (
+        f"--plugin partial: tests.unit.fake_plugins:{kind} leaves out {missing}; "
+        "complete the plug-in's class"
+    )
+
+
 def test_a_name_that_two_packages_offer(monkeypatch):
     offer(monkeypatch, spf="LonerPlugin")
     assert refusal("sarathi") == (

@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from vllm_plugins.errors import PluginError
-from vllm_plugins.plugin import WORKER_HOST, Options, WorkerPlugin
+from vllm_plugins.plugin import WORKER_HOST
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,3 @@ def test_a_platform_without_a_known_worker_is_refused(host, monkeypatch):
 def test_the_module_makes_nothing_else(host):
     with pytest.raises(AttributeError, match=r"has no attribute 'PlugInWorker'"):
         host.PlugInWorker  # noqa: B018
-
-
-def test_a_plugin_that_declares_no_listener_says_so():
-    with pytest.raises(NotImplementedError, match="WorkerPlugin declares no listener"):
-        WorkerPlugin().listener(Options(), None)
