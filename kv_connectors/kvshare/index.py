@@ -154,29 +154,36 @@ class SegmentIndex:
             return None
         key = self._next_key
         self._next_key += 1
+        return self._insert(key, domain, draft, previous.source if previous else key, previous)
+
+    def _insert(
+        self,
+        key: int,
+        domain: bytes,
+        text: Draft | Label,
+        source: int,
+        previous: Segment | None,
+    ) -> Segment:
         segment = Segment(
             key=key,
             domain=domain,
-            tokens=draft.tokens,
-            position=draft.position,
-            context=draft.context,
-            generation=draft.generation,
-            content=draft.content,
-            anchors=draft.anchors,
-            source=previous.source if previous else key,
+            tokens=text.tokens,
+            position=text.position,
+            context=text.context,
+            generation=text.generation,
+            content=text.content,
+            anchors=text.anchors,
+            source=source,
             previous=previous,
             last_used=self._ticks,
         )
-        self._insert(segment)
-        return segment
-
-    def _insert(self, segment: Segment) -> None:
-        if segment.previous:
-            segment.previous.following = segment
-        self._segments[segment.key] = segment
+        if previous:
+            previous.following = segment
+        self._segments[key] = segment
         self.used += len(segment)
         self.version += 1
-        self._table(segment.domain).add(segment)
+        self._table(domain).add(segment)
+        return segment
 
     def restore(self, labels: Mapping[int, Label], first_key: int) -> None:
         """Take back the segments of an earlier life, with their keys and links.
@@ -192,21 +199,7 @@ class SegmentIndex:
                 fitting.append(key)
         for key in reversed(fitting):
             label = labels[key]
-            self._insert(
-                Segment(
-                    key=key,
-                    domain=label.domain,
-                    tokens=label.tokens,
-                    position=label.position,
-                    context=label.context,
-                    generation=label.generation,
-                    content=label.content,
-                    anchors=label.anchors,
-                    source=label.source,
-                    previous=self._left_neighbour(label),
-                    last_used=self._ticks,
-                )
-            )
+            self._insert(key, label.domain, label, label.source, self._left_neighbour(label))
         self._next_key = max(self._next_key, first_key, max(labels, default=-1) + 1)
 
     def _left_neighbour(self, label: Label) -> Segment | None:

@@ -9,15 +9,9 @@ from tests.engine.kvshare_engine import (
     assert_stock,
     prompt,
     served,
-    stock_answers,
 )
 
 pytestmark = pytest.mark.engine
-
-
-@pytest.fixture(scope="module")
-def stock():
-    return stock_answers()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from tests.engine.kvshare_engine import (
     Served,
     assert_stock,
     prompt,
-    stock_answers,
 )
 from tests.models import make_engine, tiny_llama
 from vllm_plugins.registry import enable
@@ -28,11 +27,6 @@ BESIDE = {
     "sarathi+spf": (NEUTRAL, SARATHI, "spf:gamma=0"),
     "hit-rate+sarathi": (f"{NEUTRAL},order=hit_rate", SARATHI),
 }
-
-
-@pytest.fixture(scope="module")
-def stock():
-    return stock_answers()
 
 
 @pytest.fixture(scope="module")

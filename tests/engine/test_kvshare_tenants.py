@@ -16,7 +16,6 @@ from tests.engine.kvshare_engine import (
     documents,
     prompt,
     served,
-    stock_answers,
     tokens_of,
 )
 from vllm_plugins.kv_connectors.kvshare.operator_desk import prompt_digest
@@ -43,11 +42,6 @@ def keys(tmp_path_factory):
         (folder / name).write_text(text + "\n")
         (folder / name).chmod(0o600)
     return folder
-
-
-@pytest.fixture(scope="module")
-def stock():
-    return stock_answers()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from tests.engine.kvshare_engine import (
     assert_stock,
     prompt,
     served,
-    stock_answers,
 )
 from vllm_plugins.errors import PluginError
 
@@ -22,11 +21,6 @@ NEUTRAL = "kvshare:recompute_min=1,recompute_max=1,fix_tokens_per_step=100"
 EXACT = "kvshare:mode=exact_only"
 # Of the tiny model: four layers, keys and values, two heads of 32, float32.
 BYTES_PER_TOKEN = 4 * 2 * 2 * 32 * 4
-
-
-@pytest.fixture(scope="module")
-def stock():
-    return stock_answers()
 
 
 def wait_until_written(engine, most=200):

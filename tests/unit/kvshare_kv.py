@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import wait
+from contextlib import contextmanager
 from threading import Event
 
 import numpy as np
@@ -128,6 +129,20 @@ TOKENS = 40
 SEGMENT = TOKENS * SHAPE.bytes_per_token
 
 
+@contextmanager
+def stores():
+    """Make stores that are closed in the end."""
+    made = []
+
+    def make(*args, **options):
+        made.append(Store(*args, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
 class Store:
     """Payloads over a paged cache, and what must be in them: the slots of each segment."""
 
@@ -152,6 +167,12 @@ class Store:
 
     def written(self):
         written(self.disk)
+
+    def fill(self, count):
+        """Save segments 0 to ``count``, each once the one before is on disk."""
+        for key in range(count):
+            self.save(key)
+            self.written()
 
     def lease(self, *keys):
         return self.payloads.lease([Piece(key, 3, 20) for key in keys])

@@ -6,22 +6,15 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from tests.unit.kvshare_kv import Store, all_read
+from tests.unit.kvshare_kv import all_read, stores
 from vllm_plugins.kv_connectors.kvshare import segment_file
 from vllm_plugins.kv_connectors.kvshare.payloads import PATIENCE_SECONDS, State
 
 
 @pytest.fixture
-def store(tmp_path):
-    made = []
-
-    def make(*args, **options):
-        made.append(Store(*args, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
+def store():
+    with stores() as make:
+        yield make
 
 
 @pytest.mark.parametrize("cause", ["disk", "room"])
@@ -66,9 +59,7 @@ def test_a_segment_in_use_is_not_dropped_for_others(store, tmp_path):
 
 def test_requests_get_their_memory_in_the_order_of_their_arrival(store, tmp_path):
     one = store(tmp_path / "kv", segments=2)
-    for key in range(4):
-        one.save(key)
-        one.written()
+    one.fill(4)
     first, second, third = one.lease(0), one.lease(1, 2), one.lease(0)
     all_read(one.payloads)
     states = [one.payloads.state(lease) for lease in (first, second, third)]
@@ -92,9 +83,7 @@ def test_requests_get_their_memory_in_the_order_of_their_arrival(store, tmp_path
 
 def test_one_that_gave_up_waiting_is_not_in_the_way(store, tmp_path):
     one = store(tmp_path / "kv", segments=2)
-    for key in range(4):
-        one.save(key)
-        one.written()
+    one.fill(4)
     first, second, third = one.lease(0), one.lease(1, 2), one.lease(0)
     one.payloads.release(second)
     all_read(one.payloads)
@@ -106,9 +95,7 @@ def test_one_that_gave_up_waiting_is_not_in_the_way(store, tmp_path):
 
 def test_a_request_that_needs_more_than_all_memory_is_refused_at_once(store, tmp_path):
     one = store(tmp_path / "kv", segments=2)
-    for key in range(4):
-        one.save(key)
-        one.written()
+    one.fill(4)
     large, small = one.lease(0, 1, 2), one.lease(0)
     assert one.payloads.state(large) == State.FAILED
     assert one.payloads.take_lost() == set()

@@ -8,22 +8,15 @@ from hypothesis import strategies as st
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from tests.unit.kvshare_kv import SEGMENT, Store, all_read
+from tests.unit.kvshare_kv import SEGMENT, Store, all_read, stores
 from vllm_plugins.kv_connectors.kvshare import segment_file
 from vllm_plugins.kv_connectors.kvshare.payloads import Piece, State
 
 
 @pytest.fixture
-def store(tmp_path):
-    made = []
-
-    def make(*args, **options):
-        made.append(Store(*args, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
+def store():
+    with stores() as make:
+        yield make
 
 
 def test_host_memory_alone_returns_what_was_saved(store):
@@ -41,9 +34,7 @@ def test_host_memory_alone_returns_what_was_saved(store):
 
 def test_what_was_dropped_from_memory_comes_back_from_disk(store, tmp_path):
     one = store(tmp_path / "kv", segments=2)
-    for key in range(6):
-        one.save(key)
-        one.written()
+    one.fill(6)
     assert sorted(one.payloads._stored) == [4, 5]
     assert one.payloads.take_lost() == set()
     for keys in [(0,), (1, 2), (5, 0), (3,)]:
