@@ -77,7 +77,8 @@ class KVShareOptions(Options):
     check_layer: int = Field(
         1,
         ge=0,
-        description="Last layer that is computed for every token; deviation is measured there.",
+        description="Last layer that is computed for every token; deviation is measured there. In "
+        "layer 0 values do not depend on the context yet, so nothing deviates.",
     )
     recompute_min: float = Field(
         0.05, ge=0, le=1, description="Least share of the reused tokens that is recomputed."
