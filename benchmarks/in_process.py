@@ -53,6 +53,11 @@ def engine(model: Path | str, *plugins: str, **arguments: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
+def worker(llm: Any) -> Any:
+    """Return the one worker of an engine that `engine` runs."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+
 def counted(name: str) -> float:
     """Return what a counter of the plug-ins has reached in this process, over all labels."""
     from prometheus_client import REGISTRY

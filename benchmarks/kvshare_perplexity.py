@@ -39,7 +39,7 @@ VARIANTS = {
 
 
 def forced_processor() -> type[Any]:
-    """Return the logits processor that makes a request generate given tokens."""
+    """Return the logits processor that makes a request generate given tokens first."""
     from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
     class Forced(AdapterLogitsProcessor):
@@ -52,6 +52,8 @@ def forced_processor() -> type[Any]:
                 return None
 
             def force(output_ids: list[int], logits: Any) -> Any:
+                if len(output_ids) >= len(tokens):
+                    return logits
                 wanted = tokens[len(output_ids)]
                 kept = logits[wanted].clone()
                 logits.fill_(-math.inf)

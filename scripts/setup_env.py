@@ -150,7 +150,8 @@ class Environment:
         base = digest(sys.version, str(self.folder))
         vllm = digest(base, self.vllm_version, TORCHVISION, *UNWANTED)
         repair = digest(vllm, REPAIR, "vllm alias 1")
-        project = digest(repair, ROOT / "pyproject.toml", str(ROOT))
+        kernels = sorted(ROOT.glob("*/*/csrc/*"))
+        project = digest(repair, ROOT / "pyproject.toml", ROOT / "setup.py", *kernels, str(ROOT))
         return [
             ("virtual environment", self.create, base),
             (f"vLLM {self.vllm_version} for CPU (2 to 3 minutes)", self.install_vllm, vllm),

@@ -37,6 +37,8 @@ Runner = Literal["V1", "V2"]
 
 SCHEDULER_HOST = "vllm_plugins.engine.scheduler_host.create_scheduler"
 WORKER_HOST = "vllm_plugins.engine.worker_host.PluginWorker"
+# Name under which vLLM finds a plug-in's attention backend, by device type.
+ATTENTION_BACKENDS = {"cpu": "CPU_ATTN", "cuda": "CUSTOM"}
 
 
 class Options(BaseModel):
@@ -151,3 +153,24 @@ class WorkerPlugin(Plugin, ABC):
     @abstractmethod
     def listener(self, options: Any, config: VllmConfig) -> WorkerListener:
         """Make the plug-in's part in a worker; runs once in each worker process."""
+
+
+class AttentionPlugin(WorkerPlugin, ABC):
+    """A plug-in that is an attention backend; its listener sets its layers up."""
+
+    family: ClassVar[Family] = "attention backend"
+    backends: ClassVar[dict[str, str]]
+    """Dotted name of vLLM's backend class, by device type."""
+    kernel_cases: ClassVar[str] = ""
+    """Dotted name of what ``vllm-plugins bench --kernel`` times (`bench.kernels.MakeCases`)."""
+
+    def configure(self, options: Any, arguments: EngineArguments) -> None:
+        """Choose the worker host, which registers the backend, and on CUDA its name."""
+        from vllm.platforms import current_platform
+
+        super().configure(options, arguments)
+        if current_platform.device_type == "cuda":
+            from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+            name = ATTENTION_BACKENDS["cuda"]
+            arguments.set("attention_backend", AttentionBackendEnum[name])

@@ -13,7 +13,7 @@ from packaging.version import Version
 from pydantic import ValidationError
 
 from vllm_plugins.errors import PluginError
-from vllm_plugins.plugin import Options, Plugin, SchedulerPlugin
+from vllm_plugins.plugin import AttentionPlugin, Options, Plugin, SchedulerPlugin
 from vllm_plugins.spec import PluginSpec
 from vllm_plugins.versions import require_supported_vllm
 
@@ -96,6 +96,7 @@ def enable(specs: Sequence[PluginSpec]) -> list[Enabled]:
     enabled = [_enable_one(spec, version) for spec in specs]
     _check_conflicts(enabled)
     _check_one_order(enabled)
+    _check_one_attention(enabled)
     return enabled
 
 
@@ -127,6 +128,16 @@ def _check_one_order(enabled: Sequence[Enabled]) -> None:
             f"--plugin {owners[1]}",
             f"orders the waiting queue, and so does '{owners[0]}'",
             "drop one of the two, or the option that makes it order the queue",
+        )
+
+
+def _check_one_attention(enabled: Sequence[Enabled]) -> None:
+    names = [item.plugin.name for item in enabled if isinstance(item.plugin, AttentionPlugin)]
+    if len(names) > 1:
+        raise PluginError(
+            f"--plugin {names[1]}",
+            f"is an attention backend, and so is '{names[0]}'",
+            "drop one of the two",
         )
 
 

@@ -113,7 +113,7 @@ def check_vllm_plugins(words: list[str]) -> None:
         args = build_parser(words[1]).parse_args(words[1:])
     except SystemExit:
         raise ValueError(f"vllm-plugins refuses {shlex.join(words)}") from None
-    named = getattr(args, "plugin", [])
+    named = getattr(args, "plugin", None) or getattr(args, "kernel", None) or []
     check_specs([named] if isinstance(named, str) else named)
 
 

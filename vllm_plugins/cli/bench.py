@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_plugins.cli import bench_kernel
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -28,10 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``bench``."""
     parser.add_argument(
         "plugin",
+        nargs="?",
         metavar="NAME[:options]",
         help="plug-in under test, as for --plugin; 'none' compares only the --variant entries",
     )
-    parser.add_argument("--model", required=True, help="model path or name")
+    parser.add_argument("--model", help="model path or name")
     parser.add_argument("--tokenizer", help="tokenizer, where it is not the model's own")
     parser.add_argument("--out", type=Path, help="result folder (default: bench-results/...)")
     _add_variants(parser.add_argument_group("variants"))
@@ -40,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_stall(parser.add_argument_group("stall workload: long prompts arrive among decodes"))
     _add_offline(parser.add_argument_group("offline workload: a batch job of short requests"))
     _add_capacity(parser.add_argument_group("capacity (trace workload)"))
+    bench_kernel.add_arguments(
+        parser.add_argument_group("kernels: one attention layer, without a server"),
+        _numbers,
+        _positive,
+    )
 
 
 def _add_variants(group: Any) -> None:
@@ -207,11 +215,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
+    from vllm_plugins.bench.errors import BenchError
     from vllm_plugins.bench.plot import draw, require_matplotlib
     from vllm_plugins.bench.report import print_report
     from vllm_plugins.versions import require_supported_vllm
 
     require_supported_vllm()
+    if args.kernel:
+        return bench_kernel.run(args, console)
+    if args.plugin is None or args.model is None:
+        raise BenchError("name a plug-in and a --model, or an attention backend with --kernel")
     _check_plugin(args.plugin)
     if not args.no_plot:
         # Asked for before hours of measuring, not after.

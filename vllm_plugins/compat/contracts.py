@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllm_plugins.compat import behaviours
+from vllm_plugins.compat.attention_contracts import ATTENTION_CONTRACTS
 from vllm_plugins.compat.contract import (
     REST_ANY,
     REST_OPTIONAL,
@@ -291,4 +292,5 @@ CONTRACTS: tuple[Contract, ...] = (
     *SIMULATOR,
     *PROFILER,
     *WORKER_CONTRACTS,
+    *ATTENTION_CONTRACTS,
 )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from vllm_plugins.engine.attention_host import plugin_attention
 from vllm_plugins.errors import PluginError
 from vllm_plugins.plugin import WorkerPlugin
 from vllm_plugins.settings import enabled_plugins
@@ -92,9 +93,10 @@ class WorkerHost:
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         self.plugin_config = vllm_config
+        self.plugin_enabled = enabled_plugins(vllm_config)
         self.plugin_listeners: list[WorkerListener] = [
             item.plugin.listener(item.options, vllm_config)
-            for item in enabled_plugins(vllm_config)
+            for item in self.plugin_enabled
             if isinstance(item.plugin, WorkerPlugin)
         ]
 
@@ -105,8 +107,9 @@ class WorkerHost:
             listener.on_device_ready(self.device)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load the model with vLLM's own method."""
-        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        """Load the model with vLLM's own method, its layers with a plug-in's attention."""
+        with plugin_attention(self.plugin_enabled):
+            super().load_model(*args, **kwargs)  # type: ignore[misc]
         for listener in self.plugin_listeners:
             listener.on_model_loaded(self.model_runner.get_model())
 

@@ -1,0 +1,1 @@
+"""HiP attention: attention over few key blocks, found by a tree search."""

@@ -1,0 +1,189 @@
+"""What HiP's selection costs in quality while decoding, against how much it keeps.
+
+    python benchmarks/hip_quality.py perplexity MODEL [--context 6000] [--out FILE.json]
+    python benchmarks/hip_quality.py needle MODEL [--lengths 2048,4096,8192] [--out FILE.json]
+
+Prompts are computed densely, once, and found in the prefix cache by every setting after the first.
+What follows is decoded sparsely: for perplexity the text's own continuation, forced token by token;
+for the needle the answer to a question about one sentence of a long prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "models"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from in_process import engine, worker, write
+from kvshare_perplexity import forced_processor
+
+MODULES = ("argparse", "doctest", "inspect", "mailbox", "optparse", "subprocess", "tarfile")
+FOLLOWING = 96
+DENSE = "dense"
+BASE = {"dense_threshold": 0, "sink_tokens": 64, "window_tokens": 256}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One set of options, over those that all have."""
+
+    label: str
+    options: dict[str, Any]
+
+
+def settings(top_ks: Sequence[int]) -> list[Setting]:
+    """Return dense attention, the curve over ``top_k``, and that over ``refresh``."""
+    found = [Setting(DENSE, {**BASE, "dense_threshold": 2**30})]
+    found += [Setting(f"top_k={k}", {**BASE, "top_k": k}) for k in top_ks]
+    middle = top_ks[len(top_ks) // 2]
+    for refresh in ([1, 1, 1], [4, 4, 4], [32, 16, 8], [96, 24, 8]):
+        own = {"top_k": middle, "refresh": refresh, "overlap_tokens": max(refresh[0], 64)}
+        found.append(Setting(f"top_k={middle}, refresh={refresh}", {**BASE, **own}))
+    return found
+
+
+def use(llm: Any, options: dict[str, Any]) -> None:
+    """Give a running engine's layers other options; which are dense stays as it is."""
+    from vllm_plugins.attention_backends.hip.batch import BatchPlanner
+    from vllm_plugins.attention_backends.hip.plugin import HipOptions
+
+    view = worker(llm).plugin_view()
+    chosen = HipOptions.model_validate(options)
+    layers = list(view.config.compilation_config.static_forward_context.values())
+    rows = view.config.scheduler_config.max_num_seqs
+    for i, layer in enumerate(layers):
+        plan = chosen.plan(i, len(layers))
+        if plan is not None:
+            layer.impl.make_sparse(plan, rows)
+    for groups in view.attention_groups:
+        for group in groups:
+            group.get_metadata_builder()._planner = BatchPlanner(chosen, rows, 1)  # noqa: SLF001
+
+
+def texts(model: Path, context: int) -> list[list[int]]:
+    """Return token ids of source code and of prose, long enough for a prompt and what follows."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    sources = [Path(str(find_spec(name).origin)).read_text() for name in MODULES]
+    ids = [tokenizer(text)["input_ids"] for text in sources]
+    return [x[: context + FOLLOWING] for x in ids if len(x) >= context + FOLLOWING]
+
+
+def perplexities(
+    model: Path, context: int, chosen: Sequence[Setting]
+) -> Iterator[tuple[Setting, float]]:
+    """Yield each setting's perplexity of what follows the prompts."""
+    from vllm import SamplingParams
+
+    passages = texts(model, context)
+    arguments = {
+        "max_model_len": context + FOLLOWING + 32,
+        "logits_processors": [forced_processor()],
+        "max_num_batched_tokens": 2048,
+    }
+    with engine(model, "hip:dense_threshold=0", **arguments) as llm:
+        for setting in chosen:
+            use(llm, setting.options)
+            total = 0.0
+            params = [
+                SamplingParams(
+                    temperature=0, max_tokens=FOLLOWING, ignore_eos=True, logprobs=0,
+                    extra_args={"forced": x[context:]},
+                )
+                for x in passages
+            ]  # fmt: skip
+            prompts = [{"prompt_token_ids": x[:context]} for x in passages]
+            for out in llm.generate(prompts, params, use_tqdm=False):
+                answer = out.outputs[0]
+                pairs = zip(answer.logprobs, answer.token_ids, strict=True)
+                total += sum(p[t].logprob for p, t in pairs)
+            yield setting, math.exp(-total / (len(passages) * FOLLOWING))
+
+
+def perplexity(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure perplexity over the settings."""
+    result: dict[str, Any] = {"context": args.context, "settings": {}}
+    dense = None
+    for setting, value in perplexities(args.model, args.context, settings(args.top_k)):
+        dense = dense or value
+        result["settings"][setting.label] = {
+            "options": setting.options, "perplexity": value, "ratio": value / dense
+        }  # fmt: skip
+        print(f"{setting.label}: {value:.4f}, ratio {value / dense:.4f}", flush=True)
+    return result
+
+
+def needle(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure right answers over the settings, in percent."""
+    from retriever_data import PASSKEY, RECALL
+
+    result: dict[str, Any] = {"prompts": args.prompts, "settings": {}}
+    arguments = {
+        "max_model_len": max(args.lengths) + 64,
+        "logits_processors": [forced_processor()],
+    }
+    with engine(args.model, "hip:dense_threshold=0,dense_layers=[0]", **arguments) as llm:
+        for setting in settings(args.top_k):
+            use(llm, {**setting.options, "dense_layers": [0]})
+            right = {
+                f"{task} {length}": 100 * right_answers(llm, task, length, args.prompts)
+                for task in (PASSKEY, RECALL)
+                for length in args.lengths
+            }
+            result["settings"][setting.label] = {"options": setting.options, "right": right}
+            print(setting.label, right, flush=True)
+    return result
+
+
+def right_answers(llm: Any, task: str, length: int, count: int) -> float:
+    """Return the share of prompts whose whole answer is right.
+
+    The question is decoded too: it is forced, so that finding the answer is left to sparse steps.
+    """
+    from retriever_data import make_prompt
+    from vllm import SamplingParams
+
+    prompts = [make_prompt(task, length, (i + 0.5) / count, seed=i) for i in range(count)]
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=len(p.question()) + len(p.answer()), ignore_eos=True,
+            extra_args={"forced": p.question()},
+        )
+        for p in prompts
+    ]  # fmt: skip
+    inputs = [{"prompt_token_ids": list(p.context)} for p in prompts]
+    outs = llm.generate(inputs, params, use_tqdm=False)
+    answers = [
+        list(o.outputs[0].token_ids)[len(p.question()) :]
+        for o, p in zip(outs, prompts, strict=True)
+    ]
+    return sum(a == p.answer() for a, p in zip(answers, prompts, strict=True)) / count
+
+
+def main() -> int:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("what", choices=("perplexity", "needle"))
+    parser.add_argument("model", type=Path)
+    numbers = {"type": lambda text: [int(x) for x in text.split(",")]}
+    parser.add_argument("--context", type=int, default=6000)
+    parser.add_argument("--lengths", **numbers, default=[2048, 4096, 8192])
+    parser.add_argument("--top-k", **numbers, default=[0, 64, 128, 256, 512, 1024, 2048])
+    parser.add_argument("--prompts", type=int, default=50)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    write(args.out, {"perplexity": perplexity, "needle": needle}[args.what](args))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,100 @@
+"""Rows of the table that attention backends rely on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vllm_plugins.compat import attention_behaviours as behaviours
+from vllm_plugins.compat.contract import (
+    REST_OPTIONAL,
+    Contract,
+    behaves,
+    has,
+    is_class,
+    method,
+)
+from vllm_plugins.registry import load
+
+HOST = "engine/attention_host.py"
+CPU = "attention_backends/hip/cpu_backend.py"
+WORKER = "attention_backends/hip/worker.py"
+_REGISTRY = "vllm.v1.attention.backends.registry"
+_ENUM = f"{_REGISTRY}:AttentionBackendEnum"
+_CPU = "vllm.v1.attention.backends.cpu_attn"
+_BACKEND = "vllm.v1.attention.backend"
+
+ENTRY = (
+    has(_ENUM, "CPU_ATTN CUSTOM", "The names under which a plug-in's backend is found.", HOST,
+        kind="object"),
+    has(f"{_ENUM}.CUSTOM", "get_path is_overridden clear_override",
+        "A backend stands in for a while.", HOST, kind="object"),
+    method(f"{_REGISTRY}:register_backend", f"backend, class_path, {REST_OPTIONAL}",
+           "A backend stands in for a while."),
+    has("vllm.v1.attention.selector:_cached_get_attn_backend", "cache_clear",
+        "vLLM remembers its choice; that is undone before and after.", HOST, kind="object"),
+    behaves("vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls",
+            behaviours.the_cpu_backend_can_be_overridden,
+            "The CPU's one backend can be stood in for.", HOST),
+    behaves("vllm.model_executor.layers.attention:Attention.get_attn_backend",
+            behaviours.layers_keep_their_backend,
+            "What stands in for a backend is only there while a model loads.", HOST),
+    has("vllm.engine.arg_utils:EngineArgs", "attention_backend", "Names the backend on CUDA.",
+        "plugin.py"),
+    method("vllm.model_executor.models.utils:extract_layer_index",
+           f"layer_name, {REST_OPTIONAL}", "Which layer has which options."),
+)  # fmt: skip
+
+CPU_BACKEND = (
+    is_class(f"{_CPU}:CPUAttentionBackend", "Base of the CPU backends.", CPU,
+             bases=(f"{_BACKEND}:AttentionBackend",)),
+    is_class(f"{_CPU}:CPUAttentionMetadata", "What a batch's layers see."),
+    is_class(f"{_CPU}:CPUAttentionMetadataBuilder", "Base of the CPU metadata builders."),
+    is_class(f"{_CPU}:CPUAttentionBackendImpl", "Base of the CPU layers.",
+             bases=(f"{_BACKEND}:AttentionImpl",)),
+    method(f"{_CPU}:CPUAttentionMetadataBuilder.__init__",
+           "kv_cache_spec, layer_names, vllm_config, device", "Extended.", CPU),
+    method(f"{_CPU}:CPUAttentionMetadataBuilder.build",
+           "common_prefix_len, common_attn_metadata, fast_build", "Extended.", CPU),
+    has(f"{_CPU}:CPUAttentionMetadataBuilder", "block_size", "Tokens of a cache block.", CPU),
+    method(f"{_CPU}:CPUAttentionBackendImpl.forward",
+           "layer, query, key, value, kv_cache, attn_metadata, output, output_scale, "
+           "output_block_scale", "Replaced in sparse layers.", CPU),
+    method(f"{_CPU}:CPUAttentionBackendImpl.do_kv_cache_update",
+           "layer, key, value, kv_cache, slot_mapping", "Replaced in sparse layers.", CPU),
+    has(f"{_CPU}:CPUAttentionBackendImpl",
+        "scale sliding_window attn_type alibi_slopes logits_soft_cap sinks "
+        "kv_sharing_target_layer_name", "What a layer computes, and what is refused.", WORKER),
+    is_class(f"{_BACKEND}:CommonAttentionMetadata", "A batch."),
+    has(f"{_BACKEND}:CommonAttentionMetadata",
+        "num_reqs query_start_loc seq_lens block_table_tensor slot_mapping is_prefilling",
+        "A batch."),
+    method("vllm._custom_ops:cpu_attn_reshape_and_cache",
+           f"key, value, key_cache, value_cache, slot_mapping, isa, {REST_OPTIONAL}",
+           "Fills the stock kernel's cache in kernel benchmarks."),
+    method("vllm._custom_ops:cpu_attn_get_scheduler_metadata",
+           "num_reqs, num_heads, num_kv_heads, head_dim, seq_lens, dtype, query_start_loc, causal, "
+           f"sliding_window_size, isa, enable_kv_split, {REST_OPTIONAL}",
+           "The stock kernel in kernel benchmarks."),
+    method("vllm._custom_ops:cpu_attention_with_kv_cache",
+           "query, key_cache, value_cache, output, query_start_loc, seq_lens, scale, causal, "
+           "alibi_slopes, sliding_window, block_table, softcap, scheduler_metadata, s_aux, "
+           f"{REST_OPTIONAL}", "The stock kernel in kernel benchmarks."),
+    method(f"{_CPU}:_get_attn_isa", f"dtype, block_size, head_size, {REST_OPTIONAL}",
+           "The stock kernel in kernel benchmarks."),
+    has("vllm.config:VllmConfig", "kv_transfer_config", "What is refused."),
+    has("vllm.config:ModelConfig", "use_mla", "What is refused."),
+    has("vllm.config:CacheConfig", "cache_dtype block_size", "What is refused."),
+    has("vllm.config:ParallelConfig",
+        "decode_context_parallel_size prefill_context_parallel_size", "What is refused."),
+    has("vllm.config:SpeculativeConfig", "num_speculative_tokens",
+        "Queries of a decode step.", CPU),
+    has("vllm.config:SchedulerConfig", "max_num_seqs", "Rows of what is kept of requests."),
+    has("vllm.envs", "VLLM_BATCH_INVARIANT", "What is refused.", "attention_backends/hip/plugin.py",
+        kind="object"),
+    has("vllm.distributed.parallel_state:GroupCoordinator", "is_first_rank",
+        "One rank counts.", "attention_backends/hip/meter.py"),
+)  # fmt: skip
+
+ATTENTION_CONTRACTS: tuple[Contract, ...] = tuple(
+    replace(contract, vllm=load("hip").requires.vllm) for contract in (*ENTRY, *CPU_BACKEND)
+)
