@@ -4,6 +4,9 @@ VENV := .venv/bin
 # Where `make test` leaves pytest's report, for .ci/run.
 PYTEST_LOG := .cache/pytest.log
 
+# Two test files at a time, each in a process of its own: engines of a file are shared within it.
+WORKERS := -n 2 --dist loadfile
+
 # Nothing but pip's own cache lies outside the checkout.
 export VLLM_CACHE_ROOT := $(CURDIR)/.cache/vllm
 export VLLM_CONFIG_ROOT := $(CURDIR)/.cache/vllm
@@ -28,7 +31,7 @@ demo: models ## Serve SmolLM2 stock and with a plug-in, while a long prompt arri
 # For pipefail: without it the exit status of pytest would be lost behind tee.
 test: SHELL := /bin/bash
 test: setup ## Run all tests: unit, engine, HTTP
-	@set -o pipefail; $(VENV)/python -m pytest $(PYTEST_ARGS) 2>&1 | tee $(PYTEST_LOG)
+	@set -o pipefail; $(VENV)/python -m pytest $(WORKERS) $(PYTEST_ARGS) 2>&1 | tee $(PYTEST_LOG)
 
 matrix: setup ## Run the contract tests on every supported vLLM and write docs/compatibility.md
 	@$(VENV)/python -m vllm_plugins.compat.matrix

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from in_process import engine, worker, write
 from kvshare_perplexity import forced_processor
 
-MODULES = ("argparse", "doctest", "inspect", "mailbox", "optparse", "subprocess", "tarfile")
-FOLLOWING = 96
+MODULES = ("argparse", "inspect")
+FOLLOWING = 128
 DENSE = "dense"
 BASE = {"dense_threshold": 0, "sink_tokens": 64, "window_tokens": 256}
 
@@ -44,7 +44,7 @@ def settings(top_ks: Sequence[int]) -> list[Setting]:
     found = [Setting(DENSE, {**BASE, "dense_threshold": 2**30})]
     found += [Setting(f"top_k={k}", {**BASE, "top_k": k}) for k in top_ks]
     middle = top_ks[len(top_ks) // 2]
-    for refresh in ([1, 1, 1], [4, 4, 4], [32, 16, 8], [96, 24, 8]):
+    for refresh in ([1, 1, 1], [32, 16, 8], [96, 24, 8]):
         own = {"top_k": middle, "refresh": refresh, "overlap_tokens": max(refresh[0], 64)}
         found.append(Setting(f"top_k={middle}, refresh={refresh}", {**BASE, **own}))
     return found
@@ -68,58 +68,66 @@ def use(llm: Any, options: dict[str, Any]) -> None:
             group.get_metadata_builder()._planner = BatchPlanner(chosen, rows, 1)  # noqa: SLF001
 
 
-def texts(model: Path, context: int) -> list[list[int]]:
-    """Return token ids of source code and of prose, long enough for a prompt and what follows."""
+def texts(model: Path, context: int) -> dict[str, list[list[int]]]:
+    """Return token ids of source code and of prose, for a prompt and what follows.
+
+    Both come with Python: modules of its library, and its reference manual as `help` shows it.
+    """
+    from pydoc_data.topics import topics
+
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
+    manual = "\n".join(topics[name] for name in sorted(topics))
+    length = context + FOLLOWING
     sources = [Path(str(find_spec(name).origin)).read_text() for name in MODULES]
-    ids = [tokenizer(text)["input_ids"] for text in sources]
-    return [x[: context + FOLLOWING] for x in ids if len(x) >= context + FOLLOWING]
-
-
-def perplexities(
-    model: Path, context: int, chosen: Sequence[Setting]
-) -> Iterator[tuple[Setting, float]]:
-    """Yield each setting's perplexity of what follows the prompts."""
-    from vllm import SamplingParams
-
-    passages = texts(model, context)
-    arguments = {
-        "max_model_len": context + FOLLOWING + 32,
-        "logits_processors": [forced_processor()],
-        "max_num_batched_tokens": 2048,
+    prose = tokenizer(manual)["input_ids"]
+    return {
+        "code": [tokenizer(text)["input_ids"][:length] for text in sources],
+        "prose": [prose[i * length : (i + 1) * length] for i in range(len(MODULES))],
     }
-    with engine(model, "hip:dense_threshold=0", **arguments) as llm:
-        for setting in chosen:
-            use(llm, setting.options)
-            total = 0.0
-            params = [
-                SamplingParams(
-                    temperature=0, max_tokens=FOLLOWING, ignore_eos=True, logprobs=0,
-                    extra_args={"forced": x[context:]},
-                )
-                for x in passages
-            ]  # fmt: skip
-            prompts = [{"prompt_token_ids": x[:context]} for x in passages]
-            for out in llm.generate(prompts, params, use_tqdm=False):
-                answer = out.outputs[0]
-                pairs = zip(answer.logprobs, answer.token_ids, strict=True)
-                total += sum(p[t].logprob for p, t in pairs)
-            yield setting, math.exp(-total / (len(passages) * FOLLOWING))
 
 
 def perplexity(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure perplexity over the settings."""
+    """Measure perplexity of what follows the prompts, over the settings."""
+    passages = texts(args.model, args.context)
     result: dict[str, Any] = {"context": args.context, "settings": {}}
-    dense = None
-    for setting, value in perplexities(args.model, args.context, settings(args.top_k)):
-        dense = dense or value
-        result["settings"][setting.label] = {
-            "options": setting.options, "perplexity": value, "ratio": value / dense
-        }  # fmt: skip
-        print(f"{setting.label}: {value:.4f}, ratio {value / dense:.4f}", flush=True)
+    arguments = {
+        "max_model_len": args.context + FOLLOWING + 32,
+        "logits_processors": [forced_processor()],
+        "max_num_batched_tokens": 2048,
+    }
+    dense: dict[str, float] = {}
+    with engine(args.model, "hip:dense_threshold=0", **arguments) as llm:
+        for setting in settings(args.top_k):
+            use(llm, setting.options)
+            found = {k: following(llm, x, args.context) for k, x in passages.items()}
+            dense = dense or found
+            ratios = {kind: value / dense[kind] for kind, value in found.items()}
+            result["settings"][setting.label] = {
+                "options": setting.options, "perplexity": found, "ratio": ratios
+            }  # fmt: skip
+            print(f"{setting.label}: {ratios}", flush=True)
     return result
+
+
+def following(llm: Any, passages: list[list[int]], context: int) -> float:
+    """Return the perplexity of the passages' ends, decoded token by token."""
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=FOLLOWING, ignore_eos=True, logprobs=0,
+            extra_args={"forced": x[context:]},
+        )
+        for x in passages
+    ]  # fmt: skip
+    prompts = [{"prompt_token_ids": x[:context]} for x in passages]
+    total = 0.0
+    for out in llm.generate(prompts, params, use_tqdm=False):
+        answer = out.outputs[0]
+        total += sum(p[t].logprob for p, t in zip(answer.logprobs, answer.token_ids, strict=True))
+    return math.exp(-total / (len(passages) * FOLLOWING))
 
 
 def needle(args: argparse.Namespace) -> dict[str, Any]:

@@ -112,7 +112,8 @@ def _type(variant: Mapping[str, Any]) -> str:
         return json.dumps(variant["const"]).strip('"')
     if variant.get("type") == "array":
         return f"list of {_type(variant.get('items', {}))}"
-    return str(variant.get("format") or variant.get("type") or "any")
+    other = "object" if "$ref" in variant else "any"
+    return str(variant.get("format") or variant.get("type") or other)
 
 
 def _bounds(variants: list[dict[str, Any]]) -> Iterator[str]:
