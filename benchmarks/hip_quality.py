@@ -27,7 +27,7 @@ from kvshare_perplexity import forced_processor
 
 MODULES = ("argparse", "inspect")
 FOLLOWING = 128
-DENSE = "dense"
+DENSE, DEFAULTS = "dense", "defaults"
 BASE = {"dense_threshold": 0, "sink_tokens": 64, "window_tokens": 256}
 
 
@@ -42,6 +42,7 @@ class Setting:
 def settings(top_ks: Sequence[int]) -> list[Setting]:
     """Return dense attention, the curve over ``top_k``, and that over ``refresh``."""
     found = [Setting(DENSE, {**BASE, "dense_threshold": 2**30})]
+    found += [Setting(DEFAULTS, {"dense_threshold": 0})]
     found += [Setting(f"top_k={k}", {**BASE, "top_k": k}) for k in top_ks]
     middle = top_ks[len(top_ks) // 2]
     for refresh in ([1, 1, 1], [32, 16, 8], [96, 24, 8]):
