@@ -1,15 +1,12 @@
 """The compiled CPU kernels (``csrc/``): one call for a layer's selection and attention.
 
-They are a plain shared library without Python or torch in it, built when the package is installed
-where there is a compiler, once for each instruction set. Where there is none, `torch_attention`
-does the same, more slowly.
+Where none were built, `torch_attention` does the same, more slowly.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,14 +14,10 @@ import torch
 
 from vllm_plugins.attention_backends.hip.plan import LayerPlan
 from vllm_plugins.attention_backends.hip.query_blocks import QueryBlocks
+from vllm_plugins.engine.cpu_library import load_cpu_library
 
 MAX_STAGES = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# What torch calls the instruction sets, and the libraries built for them, best first.
-LIBRARIES = {
-    "AVX512": ("_cpu_avx512", "_cpu_avx2", "_cpu"),
-    "AVX2": ("_cpu_avx2", "_cpu"),
-}
 
 _int32_p = ctypes.c_void_p
 
@@ -73,17 +66,11 @@ class _Call(ctypes.Structure):
 def library() -> ctypes.CDLL | None:
     """Return the kernels for this machine's instructions, or None where none were built."""
     package = __name__.rpartition(".")[0]
-    for name in LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), ("_cpu",)):
-        spec = importlib.util.find_spec(f"{package}.{name}")
-        if spec is None or spec.origin is None:
-            continue
-        kernels = ctypes.CDLL(spec.origin)
-        if kernels.hip_call_size() != ctypes.sizeof(_Call):
-            raise ImportError(f"{spec.origin} is of another version; reinstall vllm-plugins")
+    kernels = load_cpu_library(package, "hip_call_size", ctypes.sizeof(_Call))
+    if kernels is not None:
         kernels.hip_attention.argtypes = [ctypes.POINTER(_Call)]
         kernels.hip_attention.restype = None
-        return kernels
-    return None
+    return kernels
 
 
 @dataclass(frozen=True)

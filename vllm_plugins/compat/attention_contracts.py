@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from vllm_plugins.compat import attention_behaviours as behaviours
 from vllm_plugins.compat.contract import (
+    REST_ANY,
     REST_OPTIONAL,
     Contract,
     behaves,
@@ -95,6 +96,64 @@ CPU_BACKEND = (
         "One rank counts.", "attention_backends/hip/meter.py"),
 )  # fmt: skip
 
+CUDA = "attention_backends/hip/cuda_backend.py"
+_FLASH = "vllm.v1.attention.backends.flash_attn"
+
+CUDA_BACKEND = (
+    is_class(f"{_FLASH}:FlashAttentionBackend", "Base of the CUDA backend.", CUDA,
+             bases=(f"{_BACKEND}:AttentionBackend",)),
+    is_class(f"{_FLASH}:FlashAttentionImpl", "Base of the CUDA layers.",
+             bases=(f"{_BACKEND}:AttentionImpl",)),
+    has(f"{_FLASH}:FlashAttentionImpl",
+        "head_size num_heads scale sliding_window attn_type alibi_slopes logits_soft_cap sinks "
+        "kv_sharing_target_layer_name", "What a layer computes, and what is refused.", CUDA,
+        WORKER),
+    method(f"{_FLASH}:FlashAttentionImpl.__init__", REST_ANY, "Extended.", CUDA),
+    method(f"{_FLASH}:FlashAttentionImpl.forward",
+           "layer, query, key, value, kv_cache, attn_metadata, output, output_scale, "
+           "output_block_scale", "Serves the dense rows.", CUDA),
+    is_class(f"{_FLASH}:FlashAttentionMetadata", "What a batch's layers see."),
+    has(f"{_FLASH}:FlashAttentionMetadata",
+        "seq_lens max_seq_len block_table scheduler_metadata",
+        "Rewritten, so that rows that are served elsewhere cost nothing.", CUDA),
+    is_class(f"{_FLASH}:FlashAttentionMetadataBuilder", "Base of the CUDA metadata builder."),
+    has(f"{_FLASH}:FlashAttentionMetadataBuilder", "block_size", "Tokens of a cache block.", CUDA),
+    method(f"{_FLASH}:FlashAttentionMetadataBuilder.__init__",
+           "kv_cache_spec, layer_names, vllm_config, device", "Extended.", CUDA),
+    method(f"{_FLASH}:FlashAttentionMetadataBuilder.build",
+           "common_prefix_len, common_attn_metadata, fast_build", "Extended.", CUDA),
+    has(f"{_BACKEND}:AttentionCGSupport", "NEVER", "Graphs are captured around attention.", CUDA,
+        kind="object"),
+    has(f"{_BACKEND}:CommonAttentionMetadata", "query_start_loc_cpu seq_lens_cpu_upper_bound",
+        "What the host knows of a batch.", CUDA),
+    method("vllm.config:get_current_vllm_config", REST_OPTIONAL, "Drafts of a decode step.", CUDA),
+)  # fmt: skip
+
+BLOCKS = "attention_backends/zipcache/blocks.py"
+_SPEC = "vllm.v1.kv_cache_interface:AttentionSpec"
+_OUTPUT = "vllm.v1.core.sched.output"
+
+PAGES = (
+    is_class(_SPEC, "Says how large pages are."),
+    has(_SPEC, "block_size head_size dtype state_content_bytes",
+        "A packed page is asked for by its bytes.", "attention_backends/zipcache/cpu_backend.py"),
+    method(f"{_BACKEND}:AttentionBackend.customize_spec", "spec",
+           "A packed page is asked for by its bytes.",
+           "attention_backends/zipcache/cpu_backend.py"),
+    has("vllm.config:ModelConfig", "is_hybrid", "What is refused."),
+    has("vllm.config:CacheConfig", "prefix_match_unit", "What is refused."),
+    has(f"{_OUTPUT}:SchedulerOutput",
+        "finished_req_ids preempted_req_ids num_scheduled_tokens scheduled_new_reqs "
+        "scheduled_cached_reqs", "The life of blocks follows the scheduler.", BLOCKS),
+    has(f"{_OUTPUT}:NewRequestData",
+        "req_id block_ids num_computed_tokens prefill_token_ids prompt_token_ids prompt_embeds",
+        "The life of blocks follows the scheduler.", BLOCKS),
+    has(f"{_OUTPUT}:CachedRequestData",
+        "req_ids new_block_ids num_computed_tokens num_output_tokens",
+        "The life of blocks follows the scheduler.", BLOCKS),
+)  # fmt: skip
+
 ATTENTION_CONTRACTS: tuple[Contract, ...] = tuple(
-    replace(contract, vllm=load("hip").requires.vllm) for contract in (*ENTRY, *CPU_BACKEND)
+    replace(contract, vllm=load("hip").requires.vllm)
+    for contract in (*ENTRY, *CPU_BACKEND, *CUDA_BACKEND, *PAGES)
 )

@@ -46,13 +46,27 @@ HIP_INLINE void store(BFloat16* p, v8 x) {
 
 HIP_INLINE v8 max8(v8 a, v8 b) { return a > b ? a : b; }
 
+// The halves of eight floats, folded into each other until one is left.
+using v4 = float __attribute__((vector_size(16), aligned(4), may_alias));
+
+HIP_INLINE v4 low(v8 x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3); }
+HIP_INLINE v4 high(v8 x) { return __builtin_shufflevector(x, x, 4, 5, 6, 7); }
+
 HIP_INLINE float sum(v8 x) {
-  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+  v4 s = low(x) + high(x);
+  s += __builtin_shufflevector(s, s, 2, 3, 0, 1);
+  s += __builtin_shufflevector(s, s, 1, 0, 3, 2);
+  return s[0];
 }
 
 HIP_INLINE float largest(v8 x) {
-  float a = std::max(std::max(x[0], x[4]), std::max(x[2], x[6]));
-  return std::max(a, std::max(std::max(x[1], x[5]), std::max(x[3], x[7])));
+  const v4 l = low(x), h = high(x);
+  v4 s = l > h ? l : h;
+  v4 t = __builtin_shufflevector(s, s, 2, 3, 0, 1);
+  s = s > t ? s : t;
+  t = __builtin_shufflevector(s, s, 1, 0, 3, 2);
+  s = s > t ? s : t;
+  return s[0];
 }
 
 // e^x for x <= 0, relative error below 3e-7; what underflows gives a denormal or less, not NaN.

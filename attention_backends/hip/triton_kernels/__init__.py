@@ -1,0 +1,1 @@
+"""HiP's kernels for CUDA, in Triton: selection, decode, prefill, and operators to call them."""

@@ -1,0 +1,318 @@
+"""What ZipCache's bits cost in perplexity, and what a token takes.
+
+    python benchmarks/zipcache_quality.py MODEL [--passages 8] [--out FILE.json] [--plot FILE.png]
+
+The model is transformers' own, in float32. A prompt is computed exactly, as the plug-in does it in
+one chunk; then its keys and values go through the plug-in's quantiser, with the salient tokens
+chosen by the plug-in's probes, and the text's continuation is computed on what they became. Its own
+keys stay as they are, as in a block that is not full. Every setting sees the same prompts, so what
+is reported is the ratio to the exact cache. How fast decoding is says
+`vllm-plugins bench --kernel zipcache`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+from in_process import write
+
+from vllm_plugins.attention_backends.zipcache import quantiser, saliency
+from vllm_plugins.attention_backends.zipcache.page import PageFormat
+from vllm_plugins.attention_backends.zipcache.saliency import Probing
+
+CONTEXT, FOLLOWING = 1024, 128
+MODULES = ("argparse", "ast", "datetime", "decimal", "difflib", "doctest", "inspect", "ipaddress",
+           "mailbox", "optparse", "pathlib", "pickle", "shutil", "subprocess", "tarfile",
+           "typing")  # fmt: skip
+RATIOS = (0.1, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9)
+ALWAYS_FIRST = 4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to keep a cache.
+
+    Attributes:
+        bits: As the plug-in's option.
+        ratio: Of salient tokens.
+        choice: ``saliency``, ``random``, or ``global``: one quota for the prompt, as in the paper.
+        block: Tokens of a block.
+        normalizer: As the plug-in's option.
+        scaled: Whether values have a scale for each channel.
+        first: First tokens that are salient at any rate.
+    """
+
+    bits: str
+    ratio: float = 0.6
+    choice: str = "saliency"
+    block: int = 64
+    normalizer: str = "probe_nnz"
+    scaled: bool = True
+    first: int = ALWAYS_FIRST
+
+    @property
+    def label(self) -> str:
+        """How the setting is named in tables."""
+        ratio = f" r={self.ratio:g}" if self.bits == "4/2" else ""
+        extra = [
+            *([self.choice] if self.bits == "4/2" and self.choice != "saliency" else []),
+            *([f"N={self.block}"] if self.block != 64 else []),
+            *([self.normalizer] if self.normalizer != "probe_nnz" else []),
+            *(["no value scale"] if not self.scaled else []),
+            *(["no first tokens"] if self.first != ALWAYS_FIRST else []),
+        ]
+        return ", ".join([self.bits + ratio, *extra])
+
+    def page(self, head_size: int) -> PageFormat:
+        """Return the format of its pages."""
+        return PageFormat.of(self.block, head_size, self.bits, self.ratio)
+
+
+def settings() -> Iterator[Setting]:
+    """Return the settings that are compared."""
+    yield Setting("4/4")
+    yield Setting("2/2")
+    for ratio in RATIOS:
+        yield Setting("4/2", ratio)
+        yield Setting("4/2", ratio, "random")
+    yield Setting("4/2", 0.6, "global")
+    yield Setting("4/2", 0.6, normalizer="full_nnz")
+    yield Setting("4/2", 0.6, scaled=False)
+    yield Setting("4/2", 0.6, first=0)
+    for block in (32, 128):
+        yield Setting("4/2", 0.6, block=block)
+
+
+class Recorder:
+    """Remembers the queries of each layer while the model computes a prompt."""
+
+    def __init__(self) -> None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+        from transformers.modeling_utils import AttentionInterface
+
+        self.queries: list[torch.Tensor] = []
+        self.recording = False
+
+        def attention(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.recording:
+                self.queries.append(query[0].transpose(0, 1))
+            return sdpa_attention_forward(module, query, *args, **kwargs)
+
+        AttentionInterface.register("recorded", attention)
+        # Without it queries behind a cache would be masked as if they began the sequence.
+        AttentionMaskInterface.register("recorded", sdpa_mask)
+
+
+@dataclass
+class Prompt:
+    """A prompt's keys, values and scores, one entry for each layer; shape (kv heads, n, ...)."""
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    sums: list[torch.Tensor]
+    seen: Any
+    following: torch.Tensor
+
+
+def load(folder: Path) -> Any:
+    """Return the model, its attention recorded."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.set_attn_implementation("recorded")
+    return model.eval()
+
+
+def texts(folder: Path, count: int) -> dict[str, list[torch.Tensor]]:
+    """Return token ids of code and prose; both come with Python."""
+    from pydoc_data.topics import topics
+
+    from transformers import AutoTokenizer
+
+    tokenizer, length = AutoTokenizer.from_pretrained(folder), CONTEXT + FOLLOWING + 1
+    prose = tokenizer("\n".join(topics[name] for name in sorted(topics)))["input_ids"]
+    code = [
+        tokenizer(Path(str(find_spec(name).origin)).read_text())["input_ids"][500:]
+        for name in MODULES
+    ]
+    code = [x for x in code if len(x) >= length][:count]
+    step = len(prose) // count
+    return {
+        "prose": [torch.tensor(prose[i * step : i * step + length]) for i in range(count)],
+        "code": [torch.tensor(x[:length]) for x in code],
+    }
+
+
+def compute(model: Any, recorder: Recorder, ids: torch.Tensor) -> Prompt:
+    """Compute a prompt exactly, and its probes' attention."""
+    recorder.queries, recorder.recording = [], True
+    cache = model(ids[None, :CONTEXT], use_cache=True).past_key_values
+    recorder.recording = False
+    probes = Probing(0.05, 0.05).chosen(0, CONTEXT, CONTEXT)
+    rows, scale = torch.from_numpy(probes), recorder.queries[0].shape[-1] ** -0.5
+    keys = [layer.keys[0] for layer in cache.layers]
+    sums = [
+        saliency.attention_sums(q[rows], k.transpose(0, 1), rows, scale)
+        for q, k in zip(recorder.queries, keys, strict=True)
+    ]
+    seen = len(probes) - torch.searchsorted(rows, torch.arange(CONTEXT)).numpy()
+    values = [layer.values[0] for layer in cache.layers]
+    return Prompt(keys, values, sums, seen, ids[CONTEXT:])
+
+
+def salient_tokens(prompt: Prompt, layer: int, setting: Setting, page: PageFormat) -> torch.Tensor:
+    """Return which tokens a setting calls salient, bool, shape (kv heads, blocks, N)."""
+    positions = torch.arange(CONTEXT).numpy()
+    weight = saliency.weights(prompt.seen, positions, CONTEXT, setting.normalizer)
+    scores = prompt.sums[layer] * torch.from_numpy(weight)
+    if setting.choice == "random":
+        scores = torch.rand(scores.shape, generator=torch.Generator().manual_seed(layer))
+    scores[:, : setting.first] = torch.inf
+    if setting.choice == "global":
+        chosen = saliency.choose(scores, round(setting.ratio * CONTEXT))
+        return chosen.unflatten(1, (-1, setting.block))
+    return saliency.choose(scores.unflatten(1, (-1, setting.block)), page.salient)
+
+
+def packed(prompt: Prompt, setting: Setting) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Return keys and values of each layer as a setting's cache gives them back."""
+    page = setting.page(prompt.keys[0].shape[-1])
+    for layer, (keys, values) in enumerate(zip(prompt.keys, prompt.values, strict=True)):
+        k, v = (x.unflatten(1, (-1, setting.block)) for x in (keys, values))
+        codes = quantiser.quantise(k, v, setting.scaled)
+        k, v = quantiser.dequantise(codes, salient_tokens(prompt, layer, setting, page))
+        yield k.flatten(1, 2), v.flatten(1, 2)
+
+
+def loss(model: Any, prompt: Prompt, setting: Setting | None) -> float:
+    """Return the mean loss of what follows, on the cache of a setting or the exact one."""
+    from transformers import DynamicCache
+
+    layers = (
+        zip(prompt.keys, prompt.values, strict=True) if setting is None else packed(prompt, setting)
+    )
+    cache = DynamicCache()
+    for i, (k, v) in enumerate(layers):
+        cache.update(k[None], v[None], i)
+    inputs, wanted = prompt.following[None, :-1], prompt.following[1:]
+    logits = model(inputs, past_key_values=cache, use_cache=True).logits[0]
+    return torch.nn.functional.cross_entropy(logits, wanted).item()
+
+
+def overlap(prompt: Prompt, setting: Setting) -> float:
+    """Return the share of the salient tokens that a quota for the whole prompt chooses too."""
+    other = Setting(setting.bits, setting.ratio, "global", setting.block)
+    page, shares = setting.page(prompt.keys[0].shape[-1]), []
+    for layer in range(len(prompt.keys)):
+        ours, theirs = (salient_tokens(prompt, layer, x, page) for x in (setting, other))
+        shares.append(((ours & theirs).sum() / ours.sum()).item())
+    return statistics.mean(shares)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Return losses of every setting, relative to the exact cache."""
+    recorder = Recorder()
+    model, found = load(args.model), {}
+    for kind, passages in texts(args.model, args.passages).items():
+        exact, losses, overlaps = [], {x: [] for x in settings()}, []
+        for ids in passages:
+            prompt = compute(model, recorder, ids)
+            exact.append(loss(model, prompt, None))
+            overlaps.append(overlap(prompt, Setting("4/2")))
+            for setting in losses:
+                losses[setting].append(loss(model, prompt, setting) - exact[-1])
+        found[kind] = {
+            "exact perplexity": math.exp(statistics.mean(exact)),
+            "overlap with a global quota, r=0.6": statistics.mean(overlaps),
+            "settings": {x.label: row(model, x, y) for x, y in losses.items()},
+        }
+        for label, y in found[kind]["settings"].items():
+            print(f"{kind}: {label}: {y['increase']:+.2%} ± {y['error']:.2%}", flush=True)
+    return found
+
+
+def row(model: Any, setting: Setting, increases: list[float]) -> dict[str, Any]:
+    """Return what is reported of a setting."""
+    config = model.config
+    size = config.hidden_size // config.num_attention_heads
+    page = setting.page(size)
+    token = page.token_bytes * config.num_key_value_heads * config.num_hidden_layers
+    mean = statistics.mean(increases)
+    spread = statistics.stdev(increases) / len(increases) ** 0.5 if len(increases) > 1 else 0.0
+    return {
+        "bits": setting.bits,
+        "salient ratio": setting.ratio,
+        "choice": setting.choice,
+        "increase": math.exp(mean) - 1,
+        "error": spread,
+        "bytes per token": token,
+        "tokens per GiB": 2**30 // (token * setting.block) * setting.block,
+        "smaller than bfloat16": 4 * size / page.token_bytes,
+    }
+
+
+def pages_at_128() -> dict[str, float]:
+    """Return how much smaller than bfloat16 pages of heads of 128 channels are."""
+    return {
+        f"N={n}, r={r:g}": 512 / PageFormat.of(n, 128, "4/2", r).token_bytes
+        for n in (32, 64, 128)
+        for r in (0.0, 0.6, 0.7, 1.0)
+    }
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Draw perplexity against the salient share."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(found), figsize=(10, 4), sharey=True)
+    for axis, (kind, result) in zip(axes, found.items(), strict=True):
+        rows = result["settings"]
+        ends = [rows["2/2"], rows["4/4"]]
+        for choice, name in (("saliency", ""), ("random", ", random")):
+            middle = [rows[f"4/2 r={r:g}{name}"] for r in RATIOS]
+            y = [100 * x["increase"] for x in (ends[0], *middle, ends[1])]
+            bars = [100 * x["error"] for x in (ends[0], *middle, ends[1])]
+            axis.errorbar([0, *RATIOS, 1], y, bars, marker="o", capsize=2, label=choice)
+        axis.set_title(f"{kind}: exact perplexity {result['exact perplexity']:.2f}")
+        axis.set_xlabel("salient share (0: 2/2, 1: 4/4)")
+        axis.set_yscale("symlog", linthresh=1)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("perplexity, increase in %")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--passages", type=int, default=8)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    with torch.inference_mode():
+        found = measure(args)
+    write(args.out, {"perplexity": found, "smaller than bfloat16, heads of 128": pages_at_128()})
+    if args.plot is not None:
+        draw(found, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

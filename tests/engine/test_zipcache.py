@@ -1,0 +1,233 @@
+"""ZipCache on the real engine."""
+
+import random
+from contextlib import contextmanager
+
+import pytest
+
+from tests.models import make_engine, scheduler_of, tiny_llama, worker_of
+from vllm_plugins import engine_args
+from vllm_plugins.attention_backends.zipcache.page import PageFormat
+
+pytestmark = pytest.mark.engine
+
+BLOCK = 64
+LENGTHS = (1, 5, 63, 64, 65, 200, 511, 900)
+PROMPTS = [[(7 * i + j * j) % 500 for j in range(n)] for i, n in enumerate(LENGTHS)]
+# Bytes of a token and head in float32.
+STOCK_TOKEN = 2 * 32 * 4
+TOKENS = 70
+
+
+def engine(options=None, **arguments):
+    plugin = {} if options is None else engine_args("zipcache", **options)
+    return make_engine(
+        tiny_llama(layers=4), seed=0, block_size=BLOCK, **plugin, **{"max_num_seqs": 16} | arguments
+    )
+
+
+def greedy(llm, prompts, tokens=TOKENS, **sampling):
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, **sampling)
+    requests = [{"prompt_token_ids": p} for p in prompts]
+    return [x.outputs[0].token_ids for x in llm.generate(requests, params, use_tqdm=False)]
+
+
+def life(llm):
+    [listener] = worker_of(llm).plugin_listeners
+    return listener._life
+
+
+def step_idle(llm):
+    """Let the worker hear that the last requests have ended."""
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    output = SchedulerOutput.make_empty()
+    output.finished_req_ids = set(scheduler_of(llm).finished_req_ids)
+    life(llm).begin_step(output)
+
+
+def assert_idle(llm):
+    pool = scheduler_of(llm).kv_cache_manager.block_pool
+    # One block is vLLM's own, for padding.
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    step_idle(llm)
+    blocks = life(llm)
+    assert not blocks._requests and not blocks._staged and not blocks._prompts
+    assert len(blocks._free_rows) == blocks.options.rows
+    assert len(blocks._free_staging) == blocks.options.staged
+    llm.reset_prefix_cache()
+
+
+@contextmanager
+def preemptions(llm):
+    """List them: the request and how many tokens it had generated."""
+    scheduler, seen = scheduler_of(llm), []
+    original = scheduler._preempt_request
+
+    def preempt(request, *args, **kwargs):
+        seen.append((request, request.num_output_tokens))
+        return original(request, *args, **kwargs)
+
+    scheduler._preempt_request = preempt
+    yield seen
+    del scheduler._preempt_request
+
+
+@pytest.fixture(scope="module")
+def stock():
+    """Stock vLLM's answers to all prompts, and the number of its cache blocks."""
+    with engine() as llm:
+        return {
+            "answers": [greedy(llm, [p])[0] for p in PROMPTS],
+            "blocks": worker_of(llm).model_runner.kv_cache_config.num_blocks,
+        }
+
+
+@pytest.fixture(scope="module")
+def packed(stock):
+    with engine({}) as llm:
+        yield llm
+
+
+def test_the_cache_holds_as_many_blocks_as_pages_fit(packed, stock):
+    page = PageFormat.of(BLOCK, 32, "4/2", 0.6)
+    runner = worker_of(packed).model_runner
+    assert runner.kv_caches[0].shape[-1] == page.token_bytes
+    assert runner.kv_cache_config.num_blocks == stock["blocks"] * STOCK_TOKEN // page.token_bytes
+    assert sum(x.nbytes for x in runner.kv_caches) <= 2**30
+
+
+def test_what_stays_within_a_block_equals_stock(packed, stock):
+    """Keys and values of an unfilled block are read as they came."""
+    for prompt, wanted in zip(PROMPTS, stock["answers"], strict=True):
+        # The token that fills a block is still seen exactly by itself.
+        count = BLOCK - len(prompt)
+        if count > 0:
+            assert greedy(packed, [prompt], count)[0] == wanted[:count]
+    assert life(packed).sealed["prompt"] == 0
+    assert_idle(packed)
+
+
+def test_a_prompts_first_token_equals_stock(packed, stock):
+    """A prompt in one chunk is attended to as it came."""
+    for prompt, wanted in zip(PROMPTS, stock["answers"], strict=True):
+        assert greedy(packed, [prompt], 1)[0] == wanted[:1]
+    assert_idle(packed)
+
+
+def test_a_batch_answers_as_each_request_alone(packed):
+    alone = []
+    for prompt in PROMPTS:
+        alone += greedy(packed, [prompt])
+        packed.reset_prefix_cache()
+    assert greedy(packed, PROMPTS) == alone
+    assert_idle(packed)
+    assert greedy(packed, PROMPTS[::-1]) == alone[::-1]
+    assert_idle(packed)
+
+
+def test_a_hit_of_the_prefix_cache_reads_sealed_blocks_and_leaves_them(packed):
+    prompt = [*PROMPTS[-1][: 12 * BLOCK], 5]
+    greedy(packed, [prompt])
+    cache = worker_of(packed).model_runner.kv_caches[0]
+    before = cache.clone()
+    [output] = packed.generate([{"prompt_token_ids": prompt}], _greedy(TOKENS), use_tqdm=False)
+    assert output.num_cached_tokens == 12 * BLOCK
+    # The tail's own blocks are written, and one of them is full.
+    assert (cache != before).flatten(1).any(1).sum() <= 2
+    # Hits do not move what they read: the next one gives the same answer.
+    assert greedy(packed, [prompt])[0] == output.outputs[0].token_ids
+    assert_idle(packed)
+
+
+def _greedy(tokens):
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+
+
+def test_aborts_leave_nothing(packed):
+    from vllm import SamplingParams
+
+    engine = packed.llm_engine
+    for i, prompt in enumerate(PROMPTS):
+        params = SamplingParams(max_tokens=50, ignore_eos=True)
+        engine.add_request(f"gone-{i}", {"prompt_token_ids": prompt}, params)
+    for i in range(len(PROMPTS)):
+        engine.step()
+        engine.abort_request([f"gone-{i}"])
+    while engine.has_unfinished_requests():
+        engine.step()
+    assert_idle(packed)
+
+
+def test_metrics_move(packed):
+    from prometheus_client import REGISTRY
+
+    from vllm_plugins.metrics import publish_in_this_process
+
+    def counted(name):
+        found = [s for metric in REGISTRY.collect() for s in metric.samples]
+        return sum(s.value for s in found if s.name == f"vllm_plugins:zipcache_{name}")
+
+    publish_in_this_process()
+    sealed = counted("sealed_blocks_total")
+    greedy(packed, [PROMPTS[-1]])
+    # 14 blocks of the prompt, and one that is filled by what follows.
+    assert counted("sealed_blocks_total") >= sealed + 15
+    page = PageFormat.of(BLOCK, 32, "4/2", 0.6)
+    assert counted("token_bytes") == 4 * 2 * page.token_bytes
+
+
+TIGHT = {"num_gpu_blocks_override": 24, "max_num_batched_tokens": 8192, "max_model_len": 1024}
+
+
+@pytest.fixture(scope="module")
+def tight(packed):
+    """A pool of few blocks, so that requests are preempted and blocks pass from hand to hand."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    packed.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+    with engine({"skip_layers": [0], "decode_score": "accumulate"}, **TIGHT) as llm:
+        yield llm
+
+
+def test_skipped_layers_keep_their_own_cache(tight):
+    caches = worker_of(tight).model_runner.kv_caches
+    page = PageFormat.of(BLOCK, 32, "4/2", 0.6)
+    assert [x.shape[-1] for x in caches] == [64, *[page.token_bytes] * 3]
+
+
+def test_blocks_that_pass_from_hand_to_hand_change_no_answer(tight):
+    """Each request alone, then all at once in a pool that is too small for them.
+
+    A request that is preempted reads its prompt anew, on what it has sealed, so it may go on
+    differently from there.
+    """
+    rng = random.Random(1)
+    prompts = [[rng.randrange(500) for _ in range(rng.randrange(40, 400))] for _ in range(8)]
+    alone = []
+    for prompt in prompts:
+        alone += greedy(tight, [prompt], 90)
+        tight.reset_prefix_cache()
+    with preemptions(tight) as seen:
+        together = greedy(tight, prompts, 90)
+    assert seen
+    for prompt, one, other in zip(prompts, alone, together, strict=True):
+        lost = [n for request, n in seen if request.prompt_token_ids == prompt]
+        kept = min(lost, default=90)
+        assert one[:kept] == other[:kept]
+    assert_idle(tight)
+
+
+def test_with_all_layers_skipped_it_is_stock(tight, stock):
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    tight.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+    with engine({"skip_layers": [0, 1, 2, 3]}) as llm:
+        assert worker_of(llm).model_runner.kv_cache_config.num_blocks == stock["blocks"]
+        assert [greedy(llm, [p])[0] for p in PROMPTS[-3:]] == stock["answers"][-3:]

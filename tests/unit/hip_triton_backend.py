@@ -1,0 +1,174 @@
+"""HiP's CUDA backend in the real engine, on CPU, interpreted; `test_hip_triton` runs this.
+
+Its sparse rows are served by its kernels. FlashAttention, which serves the others, needs CUDA: here
+all rows are sparse, and another way to write the cache stands in.
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
+
+from tests.models import make_engine, tiny_llama, worker_of
+from tests.unit import hip_kernels  # Makes the interpreter right and fast.
+from vllm_plugins import engine_args
+from vllm_plugins.attention_backends.hip.batch import BatchPlanner
+from vllm_plugins.attention_backends.hip.cuda_backend import HipCudaBackend, HipCudaImpl
+from vllm_plugins.attention_backends.hip.plugin import HipPlugin
+
+assert hip_kernels
+OPTIONS = {
+    "dense_layers": [],
+    "sink_tokens": 8,
+    "window_tokens": 64,
+    "overlap_tokens": 16,
+    "stages": [{"chunk": 32, "keep": 64}, {"chunk": 8}],
+    "top_k": 16,
+    "refresh": [8, 4],
+    "dense_threshold": 0,
+    "phases": "both",
+    "dense_tail_queries": 0,
+}
+PROMPTS = [[(7 * i + j * j) % 500 for j in range(n)] for i, n in enumerate((3, 163, 203))]
+
+
+class Impl(HipCudaImpl):
+    """Writes the cache without CUDA."""
+
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
+        size, n = kv_cache.shape[2], len(slot_mapping)
+        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        keys[slot_mapping // size, slot_mapping % size] = key[:n]
+        values[slot_mapping // size, slot_mapping % size] = value[:n]
+
+
+class Backend(HipCudaBackend):
+    """Stands in for the CPU's."""
+
+    @staticmethod
+    def get_name():
+        return "CPU_ATTN"
+
+    @staticmethod
+    def get_impl_cls():
+        return Impl
+
+
+@contextmanager
+def engine():
+    arguments = {"seed": 0, "max_num_batched_tokens": 256, **engine_args("hip", **OPTIONS)}
+    with make_engine(tiny_llama(layers=1), **arguments) as llm:
+        yield llm
+
+
+def greedy(llm, tokens=7):
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=1)
+    requests = [{"prompt_token_ids": x} for x in PROMPTS]
+    answers = [x.outputs[0] for x in llm.generate(requests, params, use_tqdm=False)]
+    logprobs = [
+        [p[t].logprob for p, t in zip(x.logprobs, x.token_ids, strict=True)] for x in answers
+    ]
+    return [x.token_ids for x in answers], torch.tensor(logprobs)
+
+
+@pytest.fixture(scope="module")
+def on_cpu():
+    with engine() as llm:
+        return greedy(llm)
+
+
+@pytest.fixture(scope="module")
+def llm(on_cpu):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(HipPlugin.backends, "cpu", f"{__name__}.Backend")
+        with engine() as llm:
+            yield llm
+
+
+def builder_of(llm):
+    [[group]] = worker_of(llm).model_runner.attn_groups
+    return group.get_metadata_builder()
+
+
+def test_it_answers_as_the_cpu_backend_does(llm, on_cpu):
+    tokens, logprobs = greedy(llm)
+    assert type(builder_of(llm)) is HipCudaBackend.get_builder_cls()
+    assert tokens == on_cpu[0]
+    assert torch.allclose(logprobs, on_cpu[1], atol=1e-4)
+
+
+def batch_of(requests):
+    """A batch of requests: first position, tokens, whether they are of its prompt."""
+    lengths = torch.tensor([n for _, n, _ in requests])
+    loc = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)
+    ends = torch.tensor([p + n for p, n, _ in requests], dtype=torch.int32)
+    table = torch.arange(len(requests) * 16, dtype=torch.int32).view(-1, 16)
+    slots = [
+        int(table[r, x // 128]) * 128 + x % 128
+        for r, (p, n, _) in enumerate(requests) for x in range(p, p + n)
+    ]  # fmt: skip
+    return CommonAttentionMetadata(
+        query_start_loc=loc, query_start_loc_cpu=loc, seq_lens=ends, num_reqs=len(requests),
+        num_actual_tokens=int(loc[-1]), max_query_len=int(lengths.max()),
+        max_seq_len=int(ends.max()), block_table_tensor=table, slot_mapping=torch.tensor(slots),
+        is_prefilling=torch.tensor([x for _, _, x in requests]), seq_lens_cpu_upper_bound=ends,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def plan(llm, monkeypatch):
+    """Builds a batch with the engine's own builder, with other options."""
+    builder = builder_of(llm)
+    assert builder.block_size == 128
+
+    def build(batch, **options):
+        planner = builder._planner
+        options = planner._options.model_copy(update=options)
+        monkeypatch.setattr(planner, "_options", options)
+        monkeypatch.setattr(planner, "_prompts", BatchPlanner(options, 1, 1))
+        return builder.build(0, batch)
+
+    return build
+
+
+def test_the_stock_kernel_is_told_nothing_of_rows_that_are_served_elsewhere(plan):
+    batch = batch_of([(130, 70, True), (200, 1, False), (50, 1, False), (0, 0, False)])
+    built = plan(batch, phases="decode", dense_threshold=100)
+    assert built.seq_lens.tolist() == [200, 201, 51, 0]
+    assert built.sparse.decodes.tolist() == [[70, 1, 1, 200, 0, 0]]
+    assert built.sparse.prompts is None
+    assert built.sparse.rest.seq_lens.tolist() == [200, 1, 51, 0]
+    assert built.sparse.rest.max_seq_len == 200 and built.sparse.max_len == 201
+    assert built.sparse.rest.scheduler_metadata is None
+    # The next step: the same row is kept, nothing is due.
+    batch = batch_of([(200, 8, True), (201, 1, False), (51, 1, False), (0, 0, False)])
+    assert plan(batch).sparse.decodes.tolist() == [[8, 1, 1, 201, 2, 0]]
+    # Without sparse rows it serves all, and what was kept is forgotten.
+    assert plan(batch_of([(208, 8, True), (50, 1, False)])).sparse is None
+    batch = batch_of([(216, 8, True), (202, 1, False)])
+    assert plan(batch).sparse.decodes.tolist() == [[8, 1, 1, 202, 0, 0]]
+
+
+def test_sparse_prompts(plan):
+    batch = batch_of([(0, 60, True), (60, 100, True), (300, 1, False)])
+    built = plan(batch, phases="both", dense_threshold=100)
+    assert built.sparse.prompts.tolist() == [
+        # Start, length, row, position, level, row of lists: cut at multiples of 64.
+        [60, 4, 1, 60, -1, 0], [64, 64, 1, 64, 0, 1], [128, 32, 1, 128, 0, 2],
+    ]  # fmt: skip
+    assert built.sparse.decodes.tolist() == [[160, 1, 2, 300, 0, 0]]
+    assert built.sparse.rest.seq_lens.tolist() == [60, 100, 1]
+    # Where all rows are served here, the stock kernel has nothing to do.
+    assert plan(batch_of([(60, 100, True), (301, 1, False)])).sparse.rest is None
+    assert plan(batch, phases="prefill").sparse.decodes is None
+
+
+def test_stock_where_no_layer_is_sparse(llm, monkeypatch):
+    monkeypatch.setattr(builder_of(llm), "_planner", None)
+    batch = batch_of([(300, 1, False)])
+    stock = FlashAttentionMetadataBuilder.build(builder_of(llm), 0, batch)
+    built = builder_of(llm).build(0, batch)
+    assert built.sparse is None and built.seq_lens is stock.seq_lens

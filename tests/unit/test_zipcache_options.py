@@ -1,0 +1,158 @@
+"""ZipCache's options, and what it refuses."""
+
+import copy
+
+import pytest
+from pydantic import ValidationError
+
+from tests.models import tiny_llama
+from vllm_plugins.attention_backends.zipcache.plugin import ZipCacheOptions, ZipCachePlugin
+from vllm_plugins.errors import PluginError
+
+
+@pytest.fixture(scope="module")
+def config():
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "block_size": 64,
+                 "max_num_batched_tokens": 2048, "max_num_seqs": 16}  # fmt: skip
+    return EngineArgs(model=str(tiny_llama(layers=4)), **arguments).create_engine_config()
+
+
+def check(config, **options) -> str:
+    """Return what the plug-in says to a configuration; empty where it is content."""
+    try:
+        ZipCachePlugin().check(ZipCacheOptions(**options), config)
+    except PluginError as error:
+        return str(error)
+    return ""
+
+
+def changed(config, part, name, value):
+    other = copy.deepcopy(config)
+    object.__setattr__(getattr(other, part) if part else other, name, value)
+    return other
+
+
+def test_a_plain_configuration_is_served(config):
+    assert check(config, skip_layers=[0, -1]) == ""
+
+
+@pytest.mark.parametrize("size", [16, 48, 512])
+def test_blocks_of_other_sizes_are_refused(config, size):
+    assert check(changed(config, "cache_config", "block_size", size)) == (
+        f"--plugin zipcache with --block-size {size}: ranges are kept for each block, so a small "
+        "one saves little, and pages are known for 32, 64, 128, 256 tokens; use 64 or 128"
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "message"),
+    [
+        (
+            "cache_config",
+            "cache_dtype",
+            "fp8",
+            "--kv-cache-dtype: the cache is quantised by the plug-in; use 'auto'",
+        ),
+        (
+            "cache_config",
+            "prefix_match_unit",
+            16,
+            "--prefix-match-unit 16: a packed block is found whole or not at all; drop it",
+        ),
+        (
+            "",
+            "kv_transfer_config",
+            object(),
+            "--kv-transfer-config: blocks that are not sealed yet lie where a connector does not "
+            "look; drop one of the two",
+        ),
+        (
+            "",
+            "speculative_config",
+            object(),
+            "--speculative-config: a rejected draft could be part of a block that is packed "
+            "already; drop one of the two",
+        ),
+        (
+            "parallel_config",
+            "decode_context_parallel_size",
+            2,
+            "context parallelism: a block's tokens would lie on several ranks; use tensor "
+            "parallelism",
+        ),
+    ],
+    ids=lambda x: x if isinstance(x, str) and "_" in x else "",
+)
+def test_settings_that_it_cannot_serve_are_refused(config, part, name, value, message):
+    assert check(changed(config, part, name, value)) == f"--plugin zipcache with {message}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "use_mla",
+            True,
+            "its latent attention (MLA) keeps no keys and values of heads; use a model with "
+            "grouped-query attention",
+        ),
+        (
+            "is_hybrid",
+            True,
+            "some of its layers keep a state instead of keys and values; drop the plug-in for this "
+            "model",
+        ),
+        (
+            "get_head_size",
+            lambda self: 72,
+            "its heads have 72 channels, no multiple of 16; drop the plug-in for this model",
+        ),
+    ],
+)
+def test_models_that_it_cannot_serve_are_refused(config, monkeypatch, name, value, message):
+    monkeypatch.setattr(type(config.model_config), name, value)
+    assert check(config) == f"--plugin zipcache with this model: {message}"
+
+
+def test_layers_that_do_not_exist_are_refused(config):
+    assert check(config, skip_layers=[4]) == (
+        "--plugin zipcache: skip_layers=4: the model has 4 layers; drop it"
+    )
+    assert ZipCacheOptions(skip_layers=[0, -1]).skipped(4) == {0, 3}
+
+
+def test_staging_holds_what_a_step_fills(config):
+    assert check(config, staging_tokens=1024) == (
+        "--plugin zipcache: staging_tokens=1024: is below --max-num-batched-tokens, 2048, so that "
+        "a step's tokens have no room; raise it or lower --max-num-batched-tokens"
+    )
+    assert ZipCacheOptions().staged_blocks(config, 64) == 64 + 16
+    assert ZipCacheOptions(staging_tokens=2049).staged_blocks(config, 64) == 33 + 16
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"bits": "4/4", "salient_ratio": 0.5}, "salient_ratio has no meaning with bits=4/4"),
+        ({"probe_recent": 0, "probe_random": 0}, "leave nothing to score tokens by"),
+        ({"salient_ratio": 1.1}, "less than or equal to 1"),
+        ({"probe_random": 0.6}, "less than or equal to 0.5"),
+        ({"bits": "3/2"}, "4/2"),
+        ({"block_size": 64}, "Extra inputs"),
+    ],
+)
+def test_what_does_not_fit_together(values, reason):
+    with pytest.raises(ValidationError, match=reason):
+        ZipCacheOptions(**values)
+
+
+def test_the_compile_cache_tells_packed_layers_from_others():
+    """Even without options, or its graph would be taken for that of stock vLLM."""
+    assert ZipCacheOptions().graph_values() == {"skip_layers": []}
+
+
+def test_one_class_needs_no_probes():
+    assert ZipCacheOptions(salient_ratio=1, probe_recent=0, probe_random=0).salient_ratio == 1
+    assert ZipCacheOptions(bits="2/2", probe_recent=0, probe_random=0).bits == "2/2"
