@@ -257,6 +257,14 @@ def _unsupported(options: HipOptions, config: VllmConfig) -> list[tuple[str, str
             ),
         ),
         (
+            parallel.use_ubatching,
+            (
+                "--enable-dbo",
+                "both halves of a batch would keep their selections in the same place",
+                "drop it",
+            ),
+        ),
+        (
             envs.VLLM_BATCH_INVARIANT,
             (
                 "VLLM_BATCH_INVARIANT=1",

@@ -67,7 +67,8 @@ class HipListener(WorkerListener):
         for name, layer in attention_layers(config, SparseLayer).items():
             index = extract_layer_index(name)
             plan = options.plan(index, num_layers)
-            if plan is None or not _is_full(layer.impl):
+            # A drafter's layers are counted on behind the model's; it is checked by dense ones.
+            if plan is None or index >= num_layers or not _is_full(layer.impl):
                 dense.append(index)
                 continue
             _check_layer(name, layer.impl)

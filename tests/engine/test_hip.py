@@ -202,18 +202,6 @@ def test_a_later_engine_without_the_plugin_is_stock(both, stock):
     assert not AttentionBackendEnum.CPU_ATTN.is_overridden()
 
 
-def test_drafts_are_verified(stock):
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    with engine(SMALL, speculative_config=drafts) as llm:
-        answers = greedy(llm, PROMPTS)
-        # What fits into sink and window is attended to as a whole.
-        assert [x[:60] for x in answers[:2]] == [x[:60] for x in stock[0][:2]]
-        queries = _values(_builder(llm))["hip_decode_queries_total", "sparse"]
-        assert queries > TOKENS * len(PROMPTS), "no step had a draft"
-        assert [len(x) for x in answers] == [TOKENS] * len(PROMPTS)
-        assert_idle(llm)
-
-
 def test_all_layers_dense_equals_stock(stock):
     with engine({**SMALL, "dense_layers": [0, 1, 2, -1]}) as llm:
         layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context

@@ -115,7 +115,8 @@ def test_a_server_that_cannot_start_ends_the_run_with_its_log(tiny_llama, tmp_pa
 
 
 def test_an_interrupt_stops_servers_and_keeps_the_result_file(tiny_llama, tmp_path):
-    words = command(tiny_llama, tmp_path, "none", "--variant", "x=--seed 1", "--no-plot")
+    short = ("--max-input", "256", "--max-output", "64")
+    words = command(tiny_llama, tmp_path, "none", "--variant", "x=--seed 1", "--no-plot", *short)
     bench = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = tmp_path / "logs" / "sweep-stock-server.log"
     deadline = time.monotonic() + 300

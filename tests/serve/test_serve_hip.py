@@ -62,6 +62,19 @@ def test_concurrent_answers_are_those_of_each_request_alone(server):
         assert text is None or text == alone[i % 15]
 
 
+def test_drafts_are_verified(server):
+    """In a server of its own: the drafter imports numba, which vLLM's next engine trips over."""
+    wanted = [completion(server, prompt_of(i)).choices[0].text for i in (0, 5)]
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    arguments = ("--plugin", json.dumps(OPTIONS), "--speculative-config", json.dumps(drafts))
+    with served(tiny_llama(layers=4), *arguments) as drafting:
+        # Short ones are dense; of a long one the drafts share a selection.
+        assert [completion(drafting, prompt_of(i)).choices[0].text for i in (0, 5)] == wanted
+        assert len(completion(drafting, prompt_of(3)).choices[0].text.split()) == TOKENS
+        assert drafting.metric("vllm:spec_decode_num_drafts_total") > 0
+        assert drafting.metric("vllm_plugins:hip_decode_queries_total", kind="sparse") > 0
+
+
 def test_metrics_are_served(server):
     assert server.metric("vllm_plugins:active", plugin="hip") == 1
     assert server.metric("vllm_plugins:hip_decode_queries_total", kind="sparse") > 100

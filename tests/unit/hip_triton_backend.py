@@ -59,7 +59,8 @@ class Backend(HipCudaBackend):
 
 @contextmanager
 def engine():
-    arguments = {"seed": 0, "max_num_batched_tokens": 256, **engine_args("hip", **OPTIONS)}
+    arguments = {"seed": 0, "max_num_batched_tokens": 256, "num_gpu_blocks_override": 64}
+    arguments |= engine_args("hip", **OPTIONS)
     with make_engine(tiny_llama(layers=1), **arguments) as llm:
         yield llm
 

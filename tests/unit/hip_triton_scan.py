@@ -5,12 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from tests.unit.hip_kernels import listed, run
 from tests.unit.hip_problem import SMALL, Problem, blocks, chunk_score, decodes, select
 from vllm_plugins.attention_backends.hip.plan import LayerPlan, Stage
 from vllm_plugins.attention_backends.hip.query_blocks import DENSE
 from vllm_plugins.attention_backends.hip.selection import NONE
+from vllm_plugins.attention_backends.hip.triton_kernels import keep
 
 # Lengths at the edges of sink, window, chunks and cache blocks, and beyond what stages keep.
 EDGES = [1, 8, 9, 16, 17, 33, 64, 65, 129, 193, 500]
@@ -159,15 +162,15 @@ def test_chunks_of_one_key_find_the_exact_best_although_all_scores_are_negative(
 
 
 def test_more_candidates_than_are_handled_at_once():
-    plan = LayerPlan(sink=8, window=16, overlap=1, stages=(Stage(1, 1100),))
-    problem = Problem([1600], heads=1, kv_heads=1, seed=7)
+    plan = LayerPlan(sink=8, window=16, overlap=1, stages=(Stage(1, 2100),))
+    problem = Problem([2300], heads=1, kv_heads=1, seed=7)
     query = problem.queries(1)
-    _, kept = run(problem, query, decodes([1599], 0), plan)
-    scores = problem.keys[0][8:1585, 0] @ query[0, 0].double().numpy()
-    assert listed(kept, 0)[0] == sorted((np.argsort(-scores)[:1100] + 8).tolist())
+    _, kept = run(problem, query, decodes([2299], 0), plan)
+    scores = problem.keys[0][8:2285, 0] @ query[0, 0].double().numpy()
+    assert listed(kept, 0)[0] == sorted((np.argsort(-scores)[:2100] + 8).tolist())
     # All the same: the first.
-    _, kept = run(problem, query * 0, decodes([1599], 0), plan)
-    assert listed(kept, 0)[0] == list(range(8, 1108))
+    _, kept = run(problem, query * 0, decodes([2299], 0), plan)
+    assert listed(kept, 0)[0] == list(range(8, 2108))
 
 
 def test_all_are_kept_where_there_are_no_more():
@@ -178,15 +181,28 @@ def test_all_are_kept_where_there_are_no_more():
     assert listed(kept, 1)[1] == list(range(8, 100))
 
 
+@triton.jit
+def ranks(scores, out, n: tl.constexpr):
+    at = tl.arange(0, n)
+    tl.store(out + at, keep._rank(tl.load(scores + at)))
+
+
+def test_ranks_are_ordered_like_scores():
+    ordered = [-torch.inf, -1e30, -2.5, -1e-40, 0.0, 1e-40, 1.0, 1e30]
+    out = torch.empty(8, dtype=torch.int32)
+    ranks[(1,)](torch.tensor(ordered), out, 8)
+    assert keep.NO_RANK.value < out[0] and (out.diff() > 0).all()
+    # Both zeros are the same score.
+    ranks[(1,)](torch.tensor([-0.0, 0.0] * 4), out, 8)
+    assert (out == out[0]).all()
+
+
 def test_equal_scores_keep_the_earliest_chunks():
     problem = Problem([300], seed=8)
-    keys = problem.cache[:, :, :32]
-    # Products with zero: negative zeros for the first chunks, which are the same score.
-    keys.abs_()
-    keys[problem.table[0, 0].long()] *= -1
     _, kept = run(problem, torch.zeros(1, 4, 64), decodes([299], 0), SMALL)
     assert listed(kept, 0)[-1] == [8, 16, 24, 32]
     # Some better ones, the rest equal.
+    keys = problem.cache[:, :, :32]
     keys[~keys.isnan()] = 0
     for x in (160, 168, 240):
         keys[problem.table[0, x // 32].long(), :, x % 32 : x % 32 + 8] = 1

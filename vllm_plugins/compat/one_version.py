@@ -46,8 +46,8 @@ SERVE = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--m
          "--max-num-batched-tokens", str(STEP_ROWS),
          )  # fmt: skip
 START_S = 600.0
-# Engine arguments under which a plug-in's outputs are stock's for this prompt: zipcache leaves alone
-# what stays within one block.
+# Engine arguments under which a plug-in's outputs are stock's for this prompt: zipcache leaves
+# alone what stays within one block.
 EXACT_WITH = {"zipcache": {"block_size": 256}}
 
 
