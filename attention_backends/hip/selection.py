@@ -56,7 +56,7 @@ def split_chunks(kept: torch.Tensor, chunk: int, into: int, end: torch.Tensor) -
     # NONE must not wrap around when something is added to it.
     starts = kept.clamp(max=NONE - chunk)[..., None] + offsets
     valid = (kept != NONE)[..., None] & (starts < end[:, None, None])
-    return torch.where(valid, starts, NONE).flatten(1).sort(dim=1).values
+    return torch.where(valid, starts, NONE).flatten(1)
 
 
 def score_chunks(

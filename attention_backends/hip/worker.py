@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, cast
 
 from vllm.logger import init_logger
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.vllm_plugins.hip")
 
 
-class SparseLayer:
+class SparseLayer(ABC):
     """What the implementations of attention layers have in common on all platforms."""
 
+    @abstractmethod
     def make_sparse(self, plan: LayerPlan, max_num_seqs: int) -> None:
         """Attend sparsely from now on, and take the memory for it.
 
@@ -32,7 +34,6 @@ class SparseLayer:
             plan: What the layer prunes.
             max_num_seqs: Most requests of a batch.
         """
-        raise NotImplementedError
 
 
 def hip_options(config: VllmConfig) -> HipOptions:
@@ -57,8 +58,7 @@ class HipListener(WorkerListener):
         """Make layers sparse and take the memory for what they keep.
 
         Raises:
-            PluginError: A layer's attention is of a kind that HiP does not compute, or all layers
-                are dense.
+            PluginError: A layer's attention is of a kind that HiP does not compute.
         """
         config, options = self._config, self._options
         num_layers = config.model_config.get_total_num_hidden_layers()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -31,29 +32,29 @@ KV_DTYPES = ("auto", "float16", "bfloat16", "float32")
 logger = init_logger("vllm.vllm_plugins.zipcache")
 
 
-class PackedLayer:
+class PackedLayer(ABC):
     """What the implementations of attention layers have in common on all platforms."""
 
+    @abstractmethod
     def pack(self, memory: LayerMemory) -> None:
         """Keep packed pages from now on.
 
         Args:
             memory: The layer's, besides the cache.
         """
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def backend(bits: str, salient_ratio: float) -> type[Any]:
         """Return vLLM's backend class that asks for pages of these options."""
-        raise NotImplementedError
 
+    @abstractmethod
     def use_cache(self, kv_cache: torch.Tensor) -> None:
         """Take the layer's pages once vLLM has allocated them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def seal(self, seals: Seals) -> None:
         """Apply blocks' quotas."""
-        raise NotImplementedError
 
 
 class ZipCacheListener(WorkerListener):
