@@ -12,6 +12,7 @@ from vllm_plugins.attention_backends.zipcache.batch import RAW, SEALED, Batch, L
 from vllm_plugins.attention_backends.zipcache.page import PageFormat
 from vllm_plugins.attention_backends.zipcache.plugin import ZipCacheOptions
 from vllm_plugins.bench.kernels import STOCK, KernelCase
+from vllm_plugins.errors import PluginError
 
 if TYPE_CHECKING:
     from vllm_plugins.bench.kernels import KernelShape, Load
@@ -24,9 +25,15 @@ def kernel_cases(shape: KernelShape, load: Load, options: dict[str, Any]) -> Seq
         shape: The layer.
         load: Phase, context and batch; decode only.
         options: The plug-in's, validated.
+
+    Raises:
+        PluginError: It is not decode.
     """
     if load.phase != "decode":
-        raise ValueError("zipcache is timed in decode: a prompt in one chunk reads no page")
+        raise PluginError(
+            "--kernel zipcache --phase prefill", "a prompt in one chunk reads no page",
+            "time it in decode",
+        )  # fmt: skip
     chosen = ZipCacheOptions.model_validate(options)
     page = PageFormat.of(shape.block_size, shape.head_size, chosen.bits, chosen.salient_ratio)
     layer = _PackedLayer(shape, load, page)

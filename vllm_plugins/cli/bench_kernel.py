@@ -112,10 +112,15 @@ def _cases(text: str) -> tuple[str, MakeCases, dict[str, Any]]:
     from vllm_plugins.registry import enable
     from vllm_plugins.spec import parse_specs
 
-    (item,) = enable(parse_specs([text]))
+    enabled = enable(parse_specs([text]))
+    if len(enabled) != 1:
+        raise PluginError(f"--kernel {text}", "names several plug-ins", "name one")
+    [item] = enabled
     if not isinstance(item.plugin, AttentionPlugin) or not item.plugin.kernel_cases:
         raise PluginError(
-            f"--kernel {item.plugin.name}", "has no attention kernels to time", "name 'hip'"
+            f"--kernel {item.plugin.name}",
+            "has no attention kernels to time",
+            "name 'hip' or 'zipcache'",
         )
     cases: MakeCases = resolve_obj_by_qualname(item.plugin.kernel_cases)
     return item.plugin.name, cases, item.options.model_dump()
