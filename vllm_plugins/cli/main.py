@@ -22,6 +22,8 @@ COMMANDS = {
     "bench": "Compare a plug-in with stock vLLM at its best static setting.",
     "profile": "Measure step times of a model here and fit the step cost model.",
     "simulate": "Run schedulers in virtual time on a workload, without a model.",
+    "allocate": "Choose how many workers encode, prefill and decode, from profiled stage times "
+    "and a trace.",
     "kvshare": "Show, fill and empty what a server with --plugin kvshare stores.",
 }
 """Subcommands with the one-line help that ``--help`` shows without importing them."""

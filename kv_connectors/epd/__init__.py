@@ -1,0 +1,1 @@
+"""epd: encode/prefill disaggregation of multimodal requests after EPD."""

@@ -1,0 +1,1 @@
+"""pd: prefill/decode disaggregation after DistServe."""

@@ -1,0 +1,227 @@
+"""The decode side in the scheduler: which prompts are pulled, when, and into which blocks."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+
+from vllm_plugins.kv_connectors.pd.admission import Admission, Stage
+from vllm_plugins.kv_connectors.pd.orders import Load
+from vllm_plugins.kv_connectors.pd.prefill_scheduler import extra_of
+from vllm_plugins.kv_connectors.pd.protocol import Span
+from vllm_plugins.kv_connectors.pd.reference import BadReferenceError, Reference, prompt_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+    from vllm_plugins.kv_connectors.pd.orders import Orders
+    from vllm_plugins.kv_connectors.pd.peers import PeerConnections
+
+logger = init_logger("vllm.vllm_plugins.pd")
+
+
+class DecodeScheduler:
+    """Takes prompts over.
+
+    Args:
+        block_sizes: Tokens of a block, by KV cache group.
+        pool: The block pool.
+        threshold: ``waiting_block_prop_threshold`` (see `admission`).
+        min_pull_tokens: Fewer tokens than these are computed here rather than pulled.
+        keeper: Keeps the leases of queued prompts.
+    """
+
+    def __init__(
+        self,
+        block_sizes: Sequence[int],
+        pool: BlockPool,
+        threshold: float,
+        min_pull_tokens: int,
+        keeper: LeaseKeeper,
+    ) -> None:
+        self._block_sizes, self._pool = tuple(block_sizes), pool
+        self._min_pull_tokens, self._keeper = min_pull_tokens, keeper
+        self.admission = Admission(threshold, pool.num_gpu_blocks)
+        self._references: dict[str, Reference] = {}
+        self._covered: dict[str, int] = {}
+        self._loads: list[Load] = []
+        self._pulled_tokens = 0
+        self._recomputed: Counter[str] = Counter()
+
+    def arrive(self, reference: Reference, request: Request) -> None:
+        """Queue a request whose prompt was computed elsewhere.
+
+        Raises:
+            BadReferenceError: The reference is to another prompt; the request is computed here.
+        """
+        tokens = request.prompt_token_ids
+        if tokens is None:
+            raise BadReferenceError("a prompt of embeddings has no tokens to check")
+        covered = reference.check(tokens, extra_of(request))
+        self._references[request.request_id] = reference
+        self._covered[request.request_id] = covered
+        self.admission.arrive(request.request_id)
+        self._keeper.watch(request.request_id, reference)
+
+    def promise(self, request: Request, num_local: int) -> int | None:
+        """Return how many tokens will be pulled; None to ask again later.
+
+        Args:
+            request: A waiting request.
+            num_local: Tokens that this instance has itself, whole blocks.
+        """
+        name = request.request_id
+        if self.admission.stage(name) is not Stage.QUEUED:
+            return 0
+        if self._keeper.lost(name):
+            return self._compute_here(name, "gone")
+        remaining = self._covered[name] - num_local
+        if remaining < max(1, self._min_pull_tokens):
+            return self._compute_here(name, "local")
+        blocks = sum(len(span) for span in self._spans(name, num_local))
+        if self.admission.may_accept(name, blocks, self._pool.get_num_free_blocks()):
+            return remaining
+        return None
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, num_external: int) -> None:
+        """Order a pull into the blocks that vLLM has set aside."""
+        name = request.request_id
+        if not num_external or self.admission.stage(name) is not Stage.QUEUED:
+            return
+        spans = self._spans(name, self._covered[name] - num_external)
+        ids = blocks.get_block_ids()
+        targets = tuple(
+            group[span.first : span.last] for group, span in zip(ids, spans, strict=True)
+        )
+        reference, tokens = self._references[name], request.prompt_token_ids
+        assert tokens is not None
+        digest = reference.digest or prompt_digest(tokens, extra_of(request))
+        self._loads.append(Load(name, reference, digest, spans, targets))
+        self.admission.accept(name, sum(map(len, spans)))
+        self._keeper.unwatch(name)
+        self._pulled_tokens += num_external
+
+    def step(self, output: SchedulerOutput, orders: Orders) -> None:
+        """Add to a step's orders, and see who runs."""
+        orders.loads, self._loads = self._loads, []
+        for name in self.admission.accepted:
+            if name in output.num_scheduled_tokens:
+                self._forget(name)
+
+    def loaded(self, names: Iterable[str]) -> None:
+        """Note whose KV is here, or was given up."""
+        for name in names:
+            self.admission.loaded(name)
+
+    def finished(self, request: Request) -> None:
+        """Drop a request; what it did not pull is released."""
+        name = request.request_id
+        if self.admission.stage(name) is Stage.QUEUED:
+            self._keeper.release(name)
+        self._forget(name)
+
+    def take_counts(self) -> tuple[int, Counter[str]]:
+        """Return tokens pulled, and prompts computed here by reason, since the last call."""
+        counts = self._pulled_tokens, self._recomputed
+        self._pulled_tokens, self._recomputed = 0, Counter()
+        return counts
+
+    def close(self) -> None:
+        """End what runs in the background."""
+        self._keeper.close()
+
+    @property
+    def has_orders(self) -> bool:
+        """Whether the workers have yet to hear something."""
+        return bool(self._loads)
+
+    def _compute_here(self, name: str, reason: str) -> int:
+        self._recomputed[reason] += 1
+        self._keeper.release(name)
+        self._forget(name)
+        return 0
+
+    def _forget(self, name: str) -> None:
+        self.admission.leave(name)
+        self._keeper.unwatch(name)
+        self._references.pop(name, None)
+        self._covered.pop(name, None)
+
+    def _spans(self, name: str, num_local: int) -> tuple[Span, ...]:
+        covered = self._covered[name]
+        return tuple(
+            Span(num_local // size, math.ceil(covered / size)) for size in self._block_sizes
+        )
+
+
+class LeaseKeeper:
+    """Renews the leases of queued prompts from a thread of its own.
+
+    Args:
+        connections: Connections to prefill workers.
+        heartbeat_s: Time between renewals, in s.
+    """
+
+    def __init__(self, connections: PeerConnections, heartbeat_s: float) -> None:
+        self._connections, self._heartbeat_s = connections, heartbeat_s
+        self._watched: dict[str, Reference] = {}
+        self._lost: set[str] = set()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def watch(self, request_id: str, reference: Reference) -> None:
+        """Keep a lease from now on."""
+        with self._lock:
+            self._watched[request_id] = reference
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="pd-leases", daemon=True)
+                self._thread.start()
+
+    def unwatch(self, request_id: str) -> None:
+        """Keep a lease no more."""
+        with self._lock:
+            self._watched.pop(request_id, None)
+            self._lost.discard(request_id)
+
+    def release(self, request_id: str) -> None:
+        """End a lease that is kept."""
+        with self._lock:
+            reference = self._watched.pop(request_id, None)
+        if reference is not None:
+            self._connections.release_later(reference)
+
+    def lost(self, request_id: str) -> bool:
+        """Whether a kept lease has ended nevertheless."""
+        with self._lock:
+            return request_id in self._lost
+
+    def close(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        self._connections.close()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._heartbeat_s):
+            with self._lock:
+                watched = {
+                    name: reference
+                    for name, reference in self._watched.items()
+                    if not reference.streams
+                }
+            lost = self._connections.renew(watched.values())
+            with self._lock:
+                self._lost |= {
+                    name
+                    for name, reference in watched.items()
+                    if reference.transfer_id in lost and name in self._watched
+                }

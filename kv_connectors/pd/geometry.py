@@ -1,0 +1,173 @@
+"""Which part of the KV a worker holds, and what two workers' parts share.
+
+A worker holds an interval of layers (pipeline parallel) and, of each, an interval of KV heads
+(tensor parallel). So unequal parallelism of the two sides is only the intersection of intervals
+(DistServe's migration kernel does the same with layer and head ranges).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MAX_LAYERS = 4096
+MAX_HEADS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Heads:
+    """KV heads ``[first, last)`` of all the model's."""
+
+    first: int
+    last: int
+
+    def __and__(self, other: Heads) -> Heads:
+        first = max(self.first, other.first)
+        return Heads(first, max(first, min(self.last, other.last)))
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    @classmethod
+    def of_rank(cls, total: int, rank: int, size: int) -> Heads:
+        """Return the heads of a tensor-parallel rank, as vLLM divides or replicates them.
+
+        Args:
+            total: KV heads of the model.
+            rank: The rank.
+            size: Number of ranks.
+        """
+        if total >= size:
+            share = total // size
+            return cls(rank * share, (rank + 1) * share)
+        head = rank * total // size
+        return cls(head, head + 1)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one worker holds.
+
+    Attributes:
+        layers: Names of its layers, in the order of the model.
+        heads: Its KV heads; the same in every layer that has them.
+        block_size: Tokens of a block.
+        bytes_per_head: Bytes of one block of one head, by layer.
+        identity: Digest of what must be equal on both sides: model, types, layout.
+    """
+
+    layers: tuple[str, ...]
+    heads: Heads
+    block_size: int
+    bytes_per_head: tuple[int, ...]
+    identity: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {
+            "layers": list(self.layers),
+            "heads": [self.heads.first, self.heads.last],
+            "block_size": self.block_size,
+            "bytes_per_head": list(self.bytes_per_head),
+            "identity": self.identity,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Shard:
+        """Return the shard of a peer's JSON object.
+
+        Raises:
+            ValueError: It is malformed.
+        """
+        layers, heads = value.get("layers"), value.get("heads")
+        sizes, block_size = value.get("bytes_per_head"), value.get("block_size")
+        identity = value.get("identity")
+        if not (
+            _is_list(layers, str, 1, MAX_LAYERS)
+            and _is_list(heads, int, 2, 2)
+            and 0 <= heads[0] < heads[1] <= MAX_HEADS
+            and _is_list(sizes, int, len(layers), len(layers))
+            and type(block_size) is int
+            and isinstance(identity, str)
+        ):
+            raise ValueError("malformed description of a worker's KV")
+        return cls(tuple(layers), Heads(*heads), block_size, tuple(sizes), identity)
+
+
+def _is_list(value: Any, kind: type, least: int, most: int) -> bool:
+    return (
+        isinstance(value, list)
+        and least <= len(value) <= most
+        and all(type(item) is kind for item in value)
+    )
+
+
+@dataclass(frozen=True)
+class Pull:
+    """What a reader takes from one writer.
+
+    Attributes:
+        writer: Index of the writer.
+        layers: Names of the layers.
+        heads: The heads.
+    """
+
+    writer: int
+    layers: tuple[str, ...]
+    heads: Heads
+
+
+def plan_pulls(reader: Shard, writers: Sequence[Shard]) -> list[Pull]:
+    """Return what a reader takes from whom, so that each of its heads comes exactly once.
+
+    Where writers replicate heads, the first that has one gives it.
+
+    Raises:
+        ValueError: The sides do not fit, or the writers lack something.
+    """
+    for writer in writers:
+        _check_fit(reader, writer)
+    pulls: list[Pull] = []
+    missing = dict.fromkeys(reader.layers, reader.heads)
+    for index, writer in enumerate(writers):
+        held = set(writer.layers)
+        # Writers come in order of rank, so the heads of a layer arrive from the first on.
+        by_part: dict[Heads, list[str]] = {}
+        for layer in reader.layers:
+            part = missing[layer] & writer.heads
+            if layer in held and len(part) and part.first == missing[layer].first:
+                by_part.setdefault(part, []).append(layer)
+                missing[layer] = Heads(part.last, missing[layer].last)
+        pulls += [Pull(index, tuple(layers), heads) for heads, layers in by_part.items()]
+    lacking = [layer for layer, heads in missing.items() if len(heads)]
+    if lacking:
+        raise ValueError(f"the prefill instance lacks heads of {lacking[0]}")
+    return pulls
+
+
+def readers_of(writer: int, readers: Sequence[Shard], writers: Sequence[Shard]) -> int:
+    """Return how many readers take anything from a writer, of all of which it waits to hear.
+
+    Args:
+        writer: Index of the writer.
+        readers: All readers of an instance.
+        writers: All writers of an instance.
+    """
+    return sum(
+        any(pull.writer == writer for pull in plan_pulls(reader, writers)) for reader in readers
+    )
+
+
+def _check_fit(reader: Shard, writer: Shard) -> None:
+    if reader.identity != writer.identity:
+        raise ValueError("the two instances' models, numeric types or KV layouts differ")
+    if reader.block_size != writer.block_size:
+        raise ValueError(
+            f"block sizes differ: {writer.block_size} on the prefill instance, "
+            f"{reader.block_size} here"
+        )
+    sizes = dict(zip(writer.layers, writer.bytes_per_head, strict=True))
+    for layer, size in zip(reader.layers, reader.bytes_per_head, strict=True):
+        if sizes.get(layer, size) != size:
+            raise ValueError(f"the blocks of {layer} have another size")

@@ -1,0 +1,225 @@
+"""Declaration of the pd plug-in."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from vllm_plugins.errors import PluginError
+from vllm_plugins.plugin import Options, Paper, Plugin, Requirements
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_plugins.arguments import EngineArguments
+    from vllm_plugins.kv_connectors.pd.reference import Reference
+    from vllm_plugins.wire.address import Address
+
+ROLES = {"prefill": "kv_producer", "decode": "kv_consumer", "both": "kv_both"}
+HEARTBEATS_PER_LEASE = 6
+WILDCARDS = frozenset({"0.0.0.0", "::", ""})
+
+
+class PdOptions(Options):
+    """Options of prefill/decode disaggregation."""
+
+    role: Literal["prefill", "decode", "both"] = Field(
+        description="What this instance does: prefill computes prompts and keeps their KV for "
+        "others to pull, decode pulls it and generates, both does either as each request says."
+    )
+    transport: Literal["auto", "shm", "tcp"] = Field(
+        "auto",
+        description="How KV moves: auto goes through shared memory on one host and TCP between "
+        "hosts; shm and tcp allow only the one.",
+    )
+    waiting_block_prop_threshold: float = Field(
+        0.05,
+        gt=0,
+        le=1,
+        description="decode: no further prompt is pulled while those that do not run yet hold "
+        "this share of all blocks.",
+    )
+    min_pull_tokens: int = Field(
+        64, ge=0, description="decode: fewer tokens than these are computed here, not pulled."
+    )
+    max_held_fraction: float = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="prefill: no new prompt is started while more than this share of all blocks "
+        "waits to be pulled.",
+    )
+    lease_s: float = Field(
+        30.0,
+        gt=0,
+        description="prefill: blocks that nobody pulls, and whose lease nobody renews for so "
+        "long, are freed, in s.",
+    )
+    heartbeat_s: float | None = Field(
+        None,
+        gt=0,
+        description="decode: time between renewals of queued prompts' leases, in s; by default a "
+        "sixth of lease_s.",
+    )
+    stream_layers: bool = Field(
+        False,
+        description="prefill: layers may leave while the prompt is still being computed, where "
+        "the router asks for it; CUDA graphs are then piecewise.",
+    )
+    on_failure: Literal["recompute", "fail"] = Field(
+        "recompute",
+        description="decode: whether a prompt whose KV cannot be pulled is computed here, or its "
+        "request fails.",
+    )
+    connect_timeout_s: float = Field(3.0, gt=0, description="Time for connecting, in s.")
+    read_timeout_s: float = Field(
+        20.0, gt=0, description="Time in which the other side must take or send a message, in s."
+    )
+    bind_host: str = Field("127.0.0.1", description="prefill: address on which KV is served.")
+    port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="prefill: port of the first worker, the others take the following; 0 lets the "
+        "system choose.",
+    )
+    advertise_host: str | None = Field(
+        None,
+        description="prefill: address under which others reach bind_host, by default bind_host.",
+    )
+    allow_remote: bool = Field(
+        False,
+        description="Whether KV may leave this host: prefill serves on other than loopback "
+        "addresses, decode pulls from them.",
+    )
+    secret_file: Path | None = Field(
+        None,
+        description="File with the secret of at least 32 bytes that all instances share; by "
+        "default one of this user on this host.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PdOptions:
+        if self.heartbeat_s is not None and self.heartbeat_s >= self.lease_s / 2:
+            raise ValueError(
+                f"heartbeat_s={self.heartbeat_s:g} must be below half of "
+                f"lease_s={self.lease_s:g}, or one late renewal loses the lease"
+            )
+        if not self.allow_remote:
+            for name in ("bind_host", "advertise_host"):
+                host = getattr(self, name)
+                if host is not None and not is_loopback(host):
+                    raise ValueError(f"{name}={host} is not this host alone; set allow_remote=true")
+        elif self.secret_file is None:
+            raise ValueError("allow_remote=true needs secret_file, which all instances share")
+        if self.bind_host in WILDCARDS and self.advertise_host is None:
+            raise ValueError(
+                f"bind_host={self.bind_host} is no address to connect to; set advertise_host"
+            )
+        if self.allow_remote and self.transport == "shm":
+            raise ValueError("transport=shm does not reach other hosts, and allow_remote=true")
+        return self
+
+    @property
+    def heartbeat(self) -> float:
+        """Time between renewals, in s."""
+        return self.heartbeat_s or self.lease_s / HEARTBEATS_PER_LEASE
+
+    def announced(self, address: Address) -> Address:
+        """Return the address that others are told."""
+        return replace(address, host=self.advertise_host or self.bind_host)
+
+    def check_peers(self, reference: Reference) -> None:
+        """Refuse to connect where the operator did not say that one may.
+
+        Raises:
+            BadReferenceError: A peer is on another host, and ``allow_remote`` is off.
+        """
+        from vllm_plugins.kv_connectors.pd.reference import BadReferenceError
+
+        if not self.allow_remote:
+            for peer in reference.peers:
+                if not is_loopback(peer.address.host):
+                    raise BadReferenceError(f"{peer.address} is remote; set allow_remote=true")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this one alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class PdPlugin(Plugin):
+    """Prefill on some instances, decode on others."""
+
+    name = "pd"
+    family = "kv connector"
+    summary = "Prefills on some instances and decodes on others, which pull the KV when they can."
+    papers = (
+        Paper(
+            "DistServe: Disaggregating Prefill and Decoding for Goodput-optimized Large Language "
+            "Model Serving",
+            "2401.09670",
+        ),
+    )
+    exactness = "exact"
+    requires = Requirements(
+        vllm=">=0.32", platforms=frozenset({"cpu", "cuda"}), runners=frozenset({"V1", "V2"})
+    )
+    conflicts: ClassVar[dict[str, str]] = {
+        "kvshare": "both are KV connectors",
+        "zipcache": "its packed pages go with state of its own that is not handed over",
+    }
+    Options: ClassVar[type[Options]] = PdOptions
+
+    def configure(self, options: PdOptions, arguments: EngineArguments) -> None:
+        """Choose the connector."""
+        wanted: dict[str, Any] = {
+            "kv_connector": "PdConnector",
+            "kv_connector_module_path": "vllm_plugins.kv_connectors.pd.connector",
+            "kv_role": ROLES[options.role],
+            "kv_load_failure_policy": options.on_failure,
+            "kv_connector_extra_config": {"stream_layers": options.stream_layers},
+        }
+        theirs = arguments.get("kv_transfer_config")
+        if theirs is None:
+            arguments.set("kv_transfer_config", wanted)
+        elif any(getattr(theirs, name, None) != value for name, value in wanted.items()):
+            raise PluginError(
+                "--plugin pd",
+                "is a KV connector, and --kv-transfer-config names another",
+                "drop one of the two",
+            )
+
+    def check(self, options: PdOptions, config: VllmConfig) -> None:
+        """Refuse models and settings under which blocks cannot be handed over."""
+        for flag, reason, mend in _unsupported(config):
+            raise PluginError(f"--plugin pd with {flag}", reason, mend)
+
+
+def _unsupported(config: VllmConfig) -> list[tuple[str, str, str]]:
+    model, parallel = config.model_config, config.parallel_config
+    found = []
+    if model.is_hybrid or model.is_attention_free:
+        found.append(
+            (
+                f"--model {model.model}",
+                "recurrent state stands at one position and is not handed over",
+                "use a model of attention layers alone",
+            )
+        )
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        found.append(
+            (
+                "context parallelism",
+                "a block's tokens are spread over ranks",
+                "drop --decode-context-parallel-size and --prefill-context-parallel-size",
+            )
+        )
+    return found

@@ -1,0 +1,175 @@
+"""The prefill side in the scheduler: which finished prompts are kept, and when that is too many."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.v1.request import RequestStatus
+
+from vllm_plugins.kv_connectors.pd.orders import Chunk, Hold
+from vllm_plugins.kv_connectors.pd.reference import (
+    KEY,
+    BadReferenceError,
+    Reference,
+    prompt_digest,
+    transfer_id,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+    from vllm_plugins.kv_connectors.pd.orders import Orders
+    from vllm_plugins.kv_connectors.pd.reference import Peer
+
+logger = init_logger("vllm.vllm_plugins.pd")
+
+# A prompt whose first token was sampled: there is something to decode.
+PREFILLED = frozenset({RequestStatus.FINISHED_LENGTH_CAPPED})
+
+
+class PrefillScheduler:
+    """Hands prompts over.
+
+    Args:
+        block_sizes: Tokens of a block, by KV cache group.
+        total_blocks: Blocks of the pool.
+        max_held_fraction: Share of the pool above which no new prompt is started.
+        stream_layers: Whether prompts may be read while they are being computed.
+    """
+
+    def __init__(
+        self,
+        block_sizes: Sequence[int],
+        total_blocks: int,
+        max_held_fraction: float,
+        *,
+        stream_layers: bool,
+    ) -> None:
+        self._block_sizes, self._stream_layers = tuple(block_sizes), stream_layers
+        self._most_held = max_held_fraction * total_blocks
+        self._peers: tuple[Peer, ...] = ()
+        self._transfers: dict[str, str] = {}
+        self._streams: dict[str, tuple[Request, str]] = {}
+        self._held: dict[str, int] = {}
+        self._held_blocks = 0
+        self._holds: list[Hold] = []
+        self._cancelled: list[str] = []
+
+    def introduce(self, peers: Sequence[Peer]) -> None:
+        """Learn where the workers serve their blocks."""
+        self._peers = tuple(peers)
+
+    @property
+    def held_blocks(self) -> int:
+        """Blocks that wait to be pulled."""
+        return self._held_blocks
+
+    def arrive(self, request: Request) -> None:
+        """Note a request that is to be handed over.
+
+        Raises:
+            BadReferenceError: Its parameters are malformed; it is then answered without a
+                reference.
+        """
+        params = request.kv_transfer_params
+        if not params or not params.get("do_remote_decode"):
+            return
+        body = params.get(KEY) or {}
+        if not isinstance(body, dict):
+            raise BadReferenceError(f"'{KEY}' is no JSON object")
+        name = transfer_id(body) if "transfer_id" in body else uuid.uuid4().hex
+        self._transfers[request.request_id] = name
+        if self._stream_layers and body.get("stream") is True:
+            self._streams[request.request_id] = (request, digest_of(request))
+
+    def must_wait(self, request: Request) -> bool:
+        """Whether a prompt must not be started, since too much waits to be pulled already."""
+        return request.request_id in self._transfers and self._held_blocks > self._most_held
+
+    def step(self, output: SchedulerOutput, blocks_of: Any, orders: Orders) -> None:
+        """Add to a step's orders.
+
+        Args:
+            output: What the step computes.
+            blocks_of: Returns a request's block ids by group.
+            orders: Receives the orders.
+        """
+        orders.holds, self._holds = self._holds, []
+        for request_id, (request, _) in list(self._streams.items()):
+            if request.num_preemptions:
+                # Its blocks are others' now; it may start again, but not under the same name.
+                del self._streams[request_id]
+                self._cancelled.append(self._transfers[request_id])
+        orders.cancelled, self._cancelled = self._cancelled, []
+        for request_id, (request, digest) in self._streams.items():
+            count = output.num_scheduled_tokens.get(request_id)
+            if count:
+                orders.chunks.append(self._chunk(request, digest, count, blocks_of(request_id)))
+
+    def finished(
+        self, request: Request, blocks: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Keep a finished prompt's blocks; return whether, and what names them."""
+        name = self._transfers.pop(request.request_id, None)
+        stream = self._streams.pop(request.request_id, None)
+        if name is None:
+            return False, None
+        tokens = request.num_prompt_tokens
+        if request.status not in PREFILLED or request.num_computed_tokens < tokens:
+            self._cancelled.append(name)
+            return False, None
+        digest = stream[1] if stream else digest_of(request)
+        total = self._positions(tokens)
+        kept = tuple(ids[:count] for ids, count in zip(blocks, total, strict=True))
+        self._holds.append(Hold(name, request.request_id, digest, kept, total))
+        self._held[request.request_id] = sum(map(len, kept))
+        self._held_blocks += self._held[request.request_id]
+        return True, Reference(name, tokens, digest, self._peers).to_params()
+
+    def freed(self, request_id: str) -> None:
+        """Note that vLLM frees a request's blocks."""
+        self._held_blocks -= self._held.pop(request_id, 0)
+
+    @property
+    def has_orders(self) -> bool:
+        """Whether the workers have yet to hear something."""
+        return bool(self._holds or self._cancelled)
+
+    def _positions(self, tokens: int) -> tuple[int, ...]:
+        return tuple(math.ceil(tokens / size) for size in self._block_sizes)
+
+    def _chunk(
+        self, request: Request, digest: str, count: int, blocks: tuple[list[int], ...]
+    ) -> Chunk:
+        """Return a step's part of a prompt; the last one completes its last block too."""
+        tokens = request.num_prompt_tokens
+        # vLLM counts a step's tokens only after it has asked for its orders.
+        end = min(request.num_computed_tokens + count, tokens)
+        ready = tuple(
+            math.ceil(end / size) if end == tokens else end // size for size in self._block_sizes
+        )
+        name = self._transfers[request.request_id]
+        return Chunk(name, digest, blocks, ready, self._positions(tokens))
+
+
+def digest_of(request: Request) -> str:
+    """Return the digest of all that a request's prompt KV depends on."""
+    tokens = request.prompt_token_ids
+    assert tokens is not None
+    return prompt_digest(tokens, extra_of(request))
+
+
+def extra_of(request: Request) -> list[Any]:
+    """Return what the KV of a request's prompt depends on besides its tokens."""
+    adapter = request.lora_request
+    return [
+        None if adapter is None else adapter.lora_name,
+        request.cache_salt,
+        *((media.identifier, media.mm_position.offset) for media in request.mm_features or ()),
+    ]

@@ -1,0 +1,145 @@
+"""A worker's part: its KV cache, what it serves of it, and what it pulls into it."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING
+
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+from vllm_plugins.kv_connectors.pd.decode_worker import DecodeWorker
+from vllm_plugins.kv_connectors.pd.fingerprint import fingerprint
+from vllm_plugins.kv_connectors.pd.geometry import Heads
+from vllm_plugins.kv_connectors.pd.orders import Introduction, Orders, Report
+from vllm_plugins.kv_connectors.pd.pages import Pages
+from vllm_plugins.kv_connectors.pd.peers import PeerConnections
+from vllm_plugins.kv_connectors.pd.prefill_worker import PrefillWorker
+from vllm_plugins.kv_connectors.pd.reference import Peer
+from vllm_plugins.wire.secret import load_secret
+from vllm_plugins.wire.server import Server
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from vllm_plugins.kv_connectors.pd.plugin import PdOptions
+
+GENERATION_BYTES = 8
+MAX_CONNECTIONS = 256
+
+
+class Worker:
+    """Both sides of one worker.
+
+    Args:
+        options: The plug-in's options.
+        config: The engine's configuration.
+        kv_cache_config: Groups and pool of the KV cache.
+    """
+
+    def __init__(
+        self, options: PdOptions, config: VllmConfig, kv_cache_config: KVCacheConfig
+    ) -> None:
+        self._options, self._config, self._kv_cache_config = options, config, kv_cache_config
+        self._server: Server | None = None
+        self._serving: PrefillWorker | None = None
+        self._pulling: DecodeWorker | None = None
+        self.introduction: Introduction | None = None
+
+    def register(self, caches: dict[str, torch.Tensor]) -> None:
+        """Take the KV cache, and serve it if this is a prefill instance.
+
+        Raises:
+            PluginError: The cache has a form that is not known, or the port is taken.
+        """
+        options = self._options
+        groups = {
+            name: index
+            for index, group in enumerate(self._kv_cache_config.kv_cache_groups)
+            for name in group.layer_names
+        }
+        tp, pp = get_tp_group(), get_pp_group()
+        total = self._config.model_config.get_total_num_kv_heads()
+        pages = Pages(
+            {name: cache for name, cache in caches.items() if name in groups},
+            self._kv_cache_config.num_blocks,
+            self._kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
+            Heads.of_rank(total, tp.rank_in_group, tp.world_size),
+            fingerprint(self._config, next(iter(caches.values()))),
+        )
+        secret = load_secret(options.secret_file)
+        peer = None
+        if options.role != "decode":
+            generation = secrets.token_hex(GENERATION_BYTES)
+            self._serving = PrefillWorker(pages, groups, generation, options.lease_s)
+            rank = pp.rank_in_group * tp.world_size + tp.rank_in_group
+            self._server = Server(
+                self._serving.serve,
+                secret,
+                host=options.bind_host,
+                # Each worker of an instance needs a port of its own.
+                port=options.port + rank if options.port else 0,
+                unix=options.transport in ("auto", "shm"),
+                timeout_s=options.read_timeout_s,
+                max_connections=MAX_CONNECTIONS,
+                name="pd",
+            )
+            self._server.start()
+            peer = Peer(options.announced(self._server.address), generation)
+        if options.role != "prefill":
+            connections = PeerConnections(secret, options.connect_timeout_s, options.read_timeout_s)
+            rank = pp.rank_in_group * tp.world_size + tp.rank_in_group
+            self._pulling = DecodeWorker(
+                pages, groups, rank, connections, share_memory=options.transport != "tcp"
+            )
+        self.introduction = Introduction(pages.shard, peer)
+
+    def begin_step(self, orders: Orders) -> None:
+        """Take the orders that must be carried out before the step's forward."""
+        if self._serving is not None:
+            self._serving.begin_step(orders)
+        if self._pulling is not None and orders.readers:
+            self._pulling.introduce(orders.readers)
+
+    def start_loads(self, orders: Orders) -> None:
+        """Start pulls in the background."""
+        for load in orders.loads:
+            assert self._pulling is not None
+            self._pulling.start(load)
+
+    def layer_computed(self, layer: str) -> None:
+        """Let others have the step's KV of a layer."""
+        if self._serving is not None:
+            self._serving.layer_computed(layer)
+
+    def take_results(self, ended: set[str]) -> tuple[set[str], set[str], set[str]]:
+        """Return requests whose blocks were pulled, are here, and of the latter those that failed.
+
+        Args:
+            ended: Requests that vLLM has ended.
+        """
+        sent = self._serving.outbox.take_freed() if self._serving is not None else set()
+        received: set[str] = set()
+        failed: set[str] = set()
+        if self._pulling is not None:
+            received, failed = self._pulling.take_finished(ended)
+        return sent, received, failed
+
+    def take_report(self) -> Report:
+        """Return what happened since the last call."""
+        report = Report()
+        if self._serving is not None:
+            report.sent, report.early = self._serving.take_counts()
+            report.expired = self._serving.outbox.take_expired()
+        if self._pulling is not None:
+            counts = self._pulling.take_counts()
+            report.received, report.failures, report.pull_seconds = counts
+        return report
+
+    def close(self) -> None:
+        """Stop serving and pulling."""
+        if self._server is not None:
+            self._server.stop()
+        if self._pulling is not None:
+            self._pulling.close()

@@ -1,0 +1,1 @@
+"""The HTTP front of prefill/decode and encode/prefill/decode disaggregation."""

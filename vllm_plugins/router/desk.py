@@ -1,0 +1,223 @@
+"""Gives each request its instance, or a place in the queue until one has room."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from vllm_plugins.router.answers import Refusal
+from vllm_plugins.router.metrics import RouterMetrics
+from vllm_plugins.routing import (
+    Dispatcher,
+    Fleet,
+    Health,
+    Instance,
+    Ledger,
+    QueueFull,
+    Role,
+    Ticket,
+    WaitingRoom,
+    Work,
+)
+
+logger = logging.getLogger(__name__)
+
+# Answers after which their mean length has half forgotten what came before, about.
+LENGTH_MEMORY = 64
+FIRST_GUESS_TOKENS = 256
+
+
+@dataclass(eq=False)
+class _Waiter:
+    """Somebody in the queue; ``take`` opens the tickets, or returns None while all are full."""
+
+    take: Callable[[], list[Ticket] | None]
+    served: asyncio.Future[list[Ticket]] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+
+class AnswerLengths:
+    """Mean length of the answers so far, in tokens, to promise KV blocks by."""
+
+    def __init__(self) -> None:
+        self._mean = float(FIRST_GUESS_TOKENS)
+
+    def note(self, tokens: int) -> None:
+        """Take in an answer that has ended by itself."""
+        self._mean += (tokens - self._mean) / LENGTH_MEMORY
+
+    def expected(self, limit: int | None) -> int:
+        """Return the expected length of an answer of at most ``limit`` tokens."""
+        mean = round(self._mean)
+        return mean if limit is None else max(0, min(limit, mean))
+
+
+class Desk:
+    """Opens tickets at instances, in order of arrival where they have no room.
+
+    Args:
+        fleet: The instances.
+        ledger: Their load.
+        health: Whom failures are reported to.
+        dispatcher: Picks among those that have room.
+        metrics: Queue lengths are written there.
+        max_queue: Most requests that wait for each role.
+        queue_timeout_s: Longest time that one waits, in seconds.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        ledger: Ledger,
+        health: Health,
+        dispatcher: Dispatcher,
+        metrics: RouterMetrics,
+        max_queue: int,
+        queue_timeout_s: float,
+    ) -> None:
+        self.fleet = fleet
+        self.ledger = ledger
+        self.health = health
+        self.lengths = AnswerLengths()
+        self._dispatcher = dispatcher
+        self._metrics = metrics
+        self._queue_timeout_s = queue_timeout_s
+        self._rooms = {role: WaitingRoom[_Waiter](max_queue, queue_timeout_s) for role in Role}
+
+    def waiting(self, role: Role) -> int:
+        """Return how many requests wait for a role."""
+        return len(self._rooms[role])
+
+    async def place(self, role: Role, work: Work, tried: Collection[str] = ()) -> Ticket:
+        """Return an open ticket at an instance, as soon as one has room.
+
+        Args:
+            role: The stage.
+            work: What the instance is asked.
+            tried: Instances that have failed this request; asked again only if there is no other.
+
+        Raises:
+            Refusal: No instance is up, the queue is full, or the wait was too long.
+        """
+
+        def take() -> list[Ticket] | None:
+            now = _now()
+            exclude = self._others_than(role, tried)
+            chosen = self._dispatcher.choose(role, work, now, exclude)
+            return None if chosen is None else [self.ledger.open(chosen, work, now)]
+
+        return (await self._wait(role, take))[0]
+
+    async def spread(self, images: Sequence[int], tried: Collection[str] = ()) -> list[Ticket]:
+        """Return an open ticket at an encoder for each image of a request.
+
+        Args:
+            images: Encoder tokens of each.
+            tried: Instances that have failed this request.
+
+        Raises:
+            Refusal: As `place`.
+        """
+
+        def take() -> list[Ticket] | None:
+            now = _now()
+            exclude = self._others_than(Role.ENCODE, tried)
+            chosen = self._dispatcher.spread(images, now, exclude)
+            if chosen is None:
+                return None
+            works = (Work(encoder_tokens=tokens) for tokens in images)
+            return [
+                self.ledger.open(one, work, now) for one, work in zip(chosen, works, strict=True)
+            ]
+
+        return await self._wait(Role.ENCODE, take)
+
+    @contextmanager
+    def held(self, *tickets: Ticket) -> Iterator[None]:
+        """Close tickets at the end, however it comes, and let the next in the queue have the room."""
+        try:
+            yield
+        finally:
+            for ticket in tickets:
+                ticket.close()
+            self.admit(tickets[0].role)
+
+    def admit(self, role: Role) -> None:
+        """Let requests of a role out of the queue for which there is room now."""
+        room = self._rooms[role]
+        while (waiter := room.head()) is not None:
+            if waiter.served.done():
+                room.leave(waiter)
+                continue
+            tickets = waiter.take()
+            if tickets is None:
+                return
+            room.admit(_now())
+            self._metrics.queue(role, len(room))
+            waiter.served.set_result(tickets)
+
+    def admit_all(self) -> None:
+        """Let requests out of all queues, after instances have come or changed."""
+        for role in Role:
+            self.admit(role)
+
+    def failed(self, instance: Instance) -> None:
+        """Count a failed request or probe against an instance."""
+        if self.health.failed(instance, _now()):
+            logger.warning("%s (%s) is down", instance.id, instance.active)
+            self.ledger.forget(instance)
+
+    def succeeded(self, instance: Instance) -> None:
+        """Count a probe that was answered."""
+        if self.health.succeeded(instance):
+            logger.warning("%s (%s) is back", instance.id, instance.active)
+            self.admit_all()
+
+    def _others_than(self, role: Role, tried: Collection[str]) -> Collection[str]:
+        if not tried or any(one.id not in tried for one in self.fleet.serving(role)):
+            return tried
+        return ()
+
+    async def _wait(self, role: Role, take: Callable[[], list[Ticket] | None]) -> list[Ticket]:
+        room = self._rooms[role]
+        if not len(room) and (tickets := take()) is not None:
+            return tickets
+        if not self.fleet.serving(role):
+            raise Refusal(503, f"no {role} instance is up", "no_instance", retry_after_s=1.0)
+        waiter = _Waiter(take)
+        try:
+            room.enter(waiter, _now())
+        except QueueFull as full:
+            raise Refusal(503, str(full), "queue_full", full.retry_after_s) from None
+        self._metrics.queue(role, len(room))
+        return await self._served(role, waiter)
+
+    async def _served(self, role: Role, waiter: _Waiter) -> list[Ticket]:
+        room = self._rooms[role]
+        try:
+            async with asyncio.timeout(self._queue_timeout_s):
+                return await waiter.served
+        except TimeoutError:
+            self._give_up(role, waiter)
+            message = f"no {role} instance had room within {self._queue_timeout_s:g} s"
+            raise Refusal(503, message, "queue_timeout", room.retry_after(_now())) from None
+        except asyncio.CancelledError:
+            self._give_up(role, waiter)
+            raise
+
+    def _give_up(self, role: Role, waiter: _Waiter) -> None:
+        if self._rooms[role].leave(waiter):
+            self._metrics.queue(role, len(self._rooms[role]))
+        elif not waiter.served.cancelled():
+            # The tickets came in the moment in which the client left.
+            for ticket in waiter.served.result():
+                ticket.close()
+        self.admit(role)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,275 @@
+"""The life of one request: prefill, hand-over, decode, and what happens when an instance fails.
+
+```
+client ──► place at P ──► P computes the prompt, holds its KV ──► place at D ──► D pulls and answers
+             │  P fails: another P                                   │  D fails before the first byte:
+             │                                                       │  the same KV, or a new prefill
+             └─ the client leaves: everything is broken off, the KV that P holds is released
+```
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_plugins.router.answers import Refusal
+from vllm_plugins.router.bodies import COMPLETIONS, Call, decode_body, prefill_body, prompt_tokens
+from vllm_plugins.router.client import Client
+from vllm_plugins.router.continued import Sent, begun_by, first_token
+from vllm_plugins.router.first_token import why_alone, why_not_early
+from vllm_plugins.router.relay import Relay
+from vllm_plugins.router.upstream import InstanceFailure, answer_headers, request_headers
+from vllm_plugins.routing import Role, Ticket, Work
+
+if TYPE_CHECKING:
+    import aiohttp
+    from aiohttp import web
+
+    from vllm_plugins.router.services import Services
+
+logger = logging.getLogger(__name__)
+
+EVENT_STREAM = {"Content-Type": "text/event-stream; charset=utf-8"}
+
+
+@dataclass(frozen=True)
+class Held:
+    """A prompt that a prefill instance has computed.
+
+    Attributes:
+        transfer: ``kv_transfer_params`` of its answer; None where it holds nothing.
+        prompt_tokens: Length of the prompt as it counted it.
+        until: Monotonic time in seconds from which on it may hold the KV no longer.
+    """
+
+    transfer: Mapping[str, Any] | None
+    prompt_tokens: int
+    until: float
+
+
+class Exchange:
+    """One request of a client.
+
+    Args:
+        services: The router's parts.
+        call: The request.
+        client: Gets the answer.
+    """
+
+    def __init__(self, services: Services, call: Call, client: Client) -> None:
+        self._services = services
+        self._call = call
+        self._client = client
+        self._headers = request_headers(call.headers, call.request_id)
+        self._held: Held | None = None
+        self._sent: Sent | None = None
+        self._tried: set[str] = set()
+        self._alone = services.colocated or self._goes_alone()
+        self._early = not self._alone and self._wants_early()
+        self._elsewhere_s = 0.0
+
+    async def run(self) -> web.StreamResponse:
+        """Serve the request.
+
+        Returns:
+            The answer, which is on its way already if it is a stream.
+
+        Raises:
+            Refusal: The router cannot serve it.
+            Rejected: An instance refuses it.
+            ConnectionResetError: The client has gone.
+        """
+        try:
+            async with asyncio.timeout_at(self._call.deadline):
+                return await self._answered()
+        except TimeoutError:
+            seconds = self._services.settings.request_timeout_s
+            raise Refusal(504, f"no complete answer within {seconds:g} s", "timeout") from None
+        finally:
+            self._release()
+
+    def _goes_alone(self) -> bool:
+        reason = why_alone(self._call.body)
+        if reason:
+            self._services.metrics.alone(reason)
+        return reason is not None
+
+    def _wants_early(self) -> bool:
+        if self._services.settings.first_token != "prefill":
+            return False
+        reason = why_not_early(self._call)
+        if reason:
+            self._services.metrics.late(reason)
+        return reason is None
+
+    async def _answered(self) -> web.StreamResponse:
+        failures = 0
+        while True:
+            try:
+                return await self._attempt()
+            except InstanceFailure as failure:
+                failures += 1
+                self._note(failure)
+                if failures > self._services.settings.retries or not self._can_go_on():
+                    raise self._refusal(failure) from None
+                self._tried.add(failure.instance.id)
+                if failure.suspects_transfer:
+                    self._release()
+                self._services.metrics.retried(Role.DECODE)
+                if self._client.begun:
+                    self._services.metrics.resumed()
+
+    def _can_go_on(self) -> bool:
+        return not self._client.begun or self._sent is not None
+
+    async def _attempt(self) -> web.StreamResponse:
+        """Ask a decode instance, after a prefill unless one still holds the prompt."""
+        if not self._alone and not self._client.begun:
+            await self._prefill()
+        if self._sent is not None and self._sent.finished:
+            await self._client.write(self._sent.end())
+            return await self._client.end()
+        ticket = await self._place_decode()
+        with self._services.desk.held(ticket):
+            return await self._decode(ticket)
+
+    async def _prefill(self) -> None:
+        held = self._held
+        if held is not None and held.until > self._now():
+            return
+        self._release()
+        answer = await self._ask_prefill()
+        transfer = answer.get("kv_transfer_params")
+        if not isinstance(transfer, dict):
+            transfer = None
+            self._services.metrics.alone("not_held")
+        usage = answer.get("usage")
+        counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+        if not isinstance(counted, int) or counted < 0:
+            counted = prompt_tokens(self._call.body)
+        self._held = Held(transfer, counted, self._now() + self._services.settings.lease_s)
+        if self._early:
+            await self._send_first(answer)
+
+    async def _ask_prefill(self) -> dict[str, Any]:
+        """Return a prefill instance's answer, after as many others as may be tried."""
+        failures, tried = 0, set[str]()
+        body = prefill_body(self._call, self._early)
+        work = Work(prompt_tokens=prompt_tokens(self._call.body))
+        while True:
+            with self._elsewhere():
+                ticket = await self._services.desk.place(Role.PREFILL, work, tried)
+            try:
+                with self._services.desk.held(ticket), self._elsewhere():
+                    return await self._services.upstream.post_json(
+                        ticket.instance, self._call.path, body, self._headers
+                    )
+            except InstanceFailure as failure:
+                failures += 1
+                tried.add(failure.instance.id)
+                self._note(failure)
+                if failures > self._services.settings.retries:
+                    raise self._refusal(failure) from None
+                self._services.metrics.retried(Role.PREFILL)
+
+    async def _send_first(self, answer: Mapping[str, Any]) -> None:
+        """Send the prefill instance's token, if it can be."""
+        found = first_token(self._call, answer)
+        if isinstance(found, str):
+            self._early = False
+            self._services.metrics.late(found)
+            return
+        sent, token = found
+        await self._begin(EVENT_STREAM)
+        self._sent = sent
+        await self._client.write(sent.first(token))
+
+    async def _place_decode(self) -> Ticket:
+        role = Role.PREFILL if self._services.colocated else Role.DECODE
+        known = self._held.prompt_tokens if self._held else prompt_tokens(self._call.body)
+        expected = self._services.desk.lengths.expected(self._call.max_tokens)
+        work = Work(prompt_tokens=known, output_tokens=expected)
+        with self._elsewhere():
+            return await self._services.desk.place(role, work, self._tried)
+
+    async def _decode(self, ticket: Ticket) -> web.StreamResponse:
+        transfer = self._held.transfer if self._held else None
+        path, body = self._call.path, decode_body(self._call, transfer)
+        if self._sent is not None:
+            path, body = COMPLETIONS, self._sent.continued_body(transfer)
+        asked_s = self._now()
+        async with self._services.upstream.post(
+            ticket.instance, path, body, self._headers
+        ) as answer:
+            relay = Relay(self._services, self._client, ticket, answer)
+            if not self._call.streams:
+                whole = await relay.whole()
+                self._elsewhere_s += self._now() - asked_s
+                self._taken(ticket)
+                self._first_byte()
+                return self._client.whole(answer.status, answer_headers(answer.headers), whole)
+            first = await relay.first()
+            self._elsewhere_s += self._now() - asked_s
+            self._taken(ticket)
+            await self._stream(relay, answer, first)
+        return await self._client.end()
+
+    async def _stream(self, relay: Relay, answer: aiohttp.ClientResponse, first: bytes) -> None:
+        if self._sent is not None:
+            await relay.continue_from(first, self._sent)
+            return
+        await self._begin(answer_headers(answer.headers))
+        if self._call.body.get("return_token_ids") and why_not_early(self._call) is None:
+            self._sent = begun_by(self._call, first)
+        if self._sent is not None:
+            await relay.follow(first, self._sent)
+        else:
+            await relay.pass_on(first)
+
+    async def _begin(self, headers: Mapping[str, str]) -> None:
+        self._first_byte()
+        await self._client.begin(headers)
+
+    def _first_byte(self) -> None:
+        passed = self._now() - self._call.arrival
+        self._services.metrics.first_byte(passed, passed - self._elsewhere_s)
+
+    def _taken(self, ticket: Ticket) -> None:
+        """Note that the decode instance has what the prefill instance held."""
+        self._held = None
+        if ticket.role is Role.PREFILL:
+            ticket.progress(ticket.work.prompt_tokens)
+
+    def _release(self) -> None:
+        if self._held is not None:
+            self._services.releaser.start(self._held.transfer)
+            self._held = None
+
+    def _note(self, failure: InstanceFailure) -> None:
+        logger.warning("request %s: %s", self._call.request_id, failure)
+        if failure.sick:
+            self._services.desk.failed(failure.instance)
+
+    def _refusal(self, failure: InstanceFailure) -> Refusal:
+        if self._client.begun:
+            return Refusal(502, f"the answer broke off: {failure.reason}", "broken")
+        if not failure.sick:
+            return Refusal(503, f"all instances are busy: {failure.reason}", "failed", 1.0)
+        return Refusal(502, f"no instance could serve the request: {failure.reason}", "failed")
+
+    @contextmanager
+    def _elsewhere(self) -> Iterator[None]:
+        """Count the time of the block as not the router's own."""
+        began = self._now()
+        try:
+            yield
+        finally:
+            self._elsewhere_s += self._now() - began
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()

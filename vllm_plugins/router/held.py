@@ -1,0 +1,79 @@
+"""Lets go of KV that a prefill instance holds for a request that nobody will continue.
+
+References of the ``pd`` connector are released by a message to each of their workers. Those of
+other connectors have no such message: there the lease of the connector ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from vllm_plugins.router.metrics import RouterMetrics
+
+logger = logging.getLogger(__name__)
+
+PD_REFERENCE = "vllm_plugins_pd"
+# The messages are small and rare. A dead peer holds a thread until its connection times out.
+THREADS = 4
+# Beyond this the leases have to do: after a failure of many requests at once.
+MAX_WAITING = 1024
+
+Release = Callable[[Mapping[str, Any], bytes], None]
+"""Sends the message to every peer of a reference; blocks, and raises what went wrong."""
+
+
+class Releaser:
+    """Releases in the background, so that no request waits for it.
+
+    Args:
+        release: How.
+        secret: Shared with the instances.
+        metrics: Counts releases.
+    """
+
+    def __init__(self, release: Release, secret: bytes, metrics: RouterMetrics) -> None:
+        self._release = release
+        self._secret = secret
+        self._metrics = metrics
+        self._threads = ThreadPoolExecutor(THREADS, "release")
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, transfer: Mapping[str, Any] | None) -> None:
+        """Begin to release what ``kv_transfer_params`` refer to; does nothing for others' kinds."""
+        if not transfer or not isinstance(transfer.get(PD_REFERENCE), dict):
+            return
+        if len(self._tasks) >= MAX_WAITING:
+            self._metrics.released("failed")
+            return
+        task = asyncio.create_task(self._run(transfer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self, timeout_s: float) -> None:
+        """Wait for what was begun, at most so long."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, transfer: Mapping[str, Any]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._threads, self._release, transfer, self._secret)
+        except Exception as error:
+            # Whatever it is, the lease ends the hold; the operator sees that it came to that.
+            logger.warning("held KV was not released, its lease ends it: %s", error)
+            self._metrics.released("failed")
+        else:
+            self._metrics.released("done")
+
+
+def pd_release(transfer: Mapping[str, Any], secret: bytes) -> None:
+    """Release a reference of the ``pd`` connector."""
+    # Imported late: a router in front of another connector needs none of it.
+    from vllm_plugins.kv_connectors.pd.release import release
+
+    release(transfer, secret)

@@ -1,0 +1,1 @@
+"""The one wire of plug-ins that move data between servers."""
