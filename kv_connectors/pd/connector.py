@@ -151,9 +151,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         self._metrics.inc(metrics.PULLED.name, pulled)
         for reason, count in recomputed.items():
             self._metrics.inc(metrics.RECOMPUTED.name, count, reason)
-        self._metrics.set(metrics.HELD.name, self._prefill.held_blocks)
-        self._metrics.set(metrics.QUEUED.name, len(self._decode.admission.queued))
-        self._metrics.set(metrics.ACCEPTED.name, self._decode.admission.accepted_blocks)
+        self._show()
         return orders
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
@@ -164,6 +162,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, Report):
             self._count(report)
+        # An idle engine builds no further orders.
+        self._show()
 
     def request_finished(
         self, request: Request, block_ids: list[int]
@@ -184,6 +184,11 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
     def has_pending_push_work(self) -> bool:
         """Whether the workers have yet to hear something: an idle engine then steps once."""
         return self._prefill.has_orders or self._decode.has_orders
+
+    def _show(self) -> None:
+        self._metrics.set(metrics.HELD.name, self._prefill.held_blocks)
+        self._metrics.set(metrics.QUEUED.name, len(self._decode.admission.queued))
+        self._metrics.set(metrics.ACCEPTED.name, self._decode.admission.accepted_blocks)
 
     def _count(self, report: Report) -> None:
         write = self._metrics

@@ -8,6 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -20,6 +21,7 @@ from vllm_plugins.kv_connectors.pd.protocol import (
     Kind,
     PullRequest,
     integers,
+    says_gone,
     text,
 )
 from vllm_plugins.wire.errors import WireDamagedError, WireError, WireRefusedError
@@ -50,7 +52,7 @@ class DecodeWorker:
         pages: The worker's KV cache.
         groups: KV cache group of each layer.
         rank: The worker's number among all of the instance.
-        connections: Connections to prefill workers.
+        connections: Connections to prefill workers, which it owns from now on.
         share_memory: Whether data may come through shared memory on one host.
     """
 
@@ -66,7 +68,7 @@ class DecodeWorker:
         self._pages, self._groups, self._rank = pages, groups, rank
         self._connections, self._share_memory = connections, share_memory
         self._readers: tuple[Shard, ...] = (pages.shard,)
-        self._plans: dict[tuple[Peer, ...], list[tuple[Peer, Pull, int]]] = {}
+        self._plans: dict[tuple[Peer, ...], _Plan] = {}
         self._pool = ThreadPoolExecutor(PARALLEL_PULLS, thread_name_prefix="pd-pull")
         # Guards what follows.
         self._lock = threading.Lock()
@@ -114,11 +116,15 @@ class DecodeWorker:
             for cancelled in self._cancel.values():
                 cancelled.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._connections.close()
 
     def _run(self, load: Load, cancelled: threading.Event) -> None:
         start, reason = time.monotonic(), ""
+        unread: tuple[Peer, ...] = ()
         try:
-            for peer, pull, readers in self._plan(load.reference.peers):
+            plan = self._plan(load.reference.peers)
+            unread = plan.unread
+            for peer, pull, readers in plan.pulls:
                 self._pull(load, peer, pull, readers, cancelled)
         except CancelledError:
             reason = "cancelled"
@@ -132,8 +138,6 @@ class DecodeWorker:
             # The request must come back whatever happens: vLLM waits for it.
             reason = "error"
             logger.exception("vllm-plugins: pd: %s: the pull broke off", load.request_id)
-        if reason:
-            self._connections.release_later(load.reference)
         with self._lock:
             del self._cancel[load.request_id]
             self._finished.add(load.request_id)
@@ -142,17 +146,23 @@ class DecodeWorker:
                 self._failures[reason] += 1
             else:
                 self._seconds.append(time.monotonic() - start)
+        if reason:
+            self._connections.release_later(load.reference)
+        elif unread and self._rank == 0:
+            self._connections.release_later(replace(load.reference, peers=unread))
 
-    def _plan(self, peers: tuple[Peer, ...]) -> list[tuple[Peer, Pull, int]]:
-        """Return what comes from whom, and how many of this instance's workers read there."""
+    def _plan(self, peers: tuple[Peer, ...]) -> _Plan:
         plan = self._plans.get(peers)
         if plan is None:
             writers = [self._describe(peer) for peer in peers]
-            plan = [
-                (peers[pull.writer], pull, readers_of(pull.writer, self._readers, writers))
-                for pull in plan_pulls(self._pages.shard, writers)
-            ]
-            self._plans[peers] = plan
+            counts = [readers_of(index, self._readers, writers) for index in range(len(peers))]
+            plan = self._plans[peers] = _Plan(
+                [
+                    (peers[pull.writer], pull, counts[pull.writer])
+                    for pull in plan_pulls(self._pages.shard, writers)
+                ],
+                tuple(peer for peer, count in zip(peers, counts, strict=True) if not count),
+            )
         return plan
 
     def _describe(self, peer: Peer) -> Shard:
@@ -204,6 +214,19 @@ class DecodeWorker:
         )
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """How a prompt comes from the workers of a prefill instance.
+
+    Attributes:
+        pulls: What this worker takes from whom, and how many of this instance's read there.
+        unread: Workers whose heads others have as well, so that nobody reads there.
+    """
+
+    pulls: list[tuple[Peer, Pull, int]]
+    unread: tuple[Peer, ...]
+
+
 class _Receiver:
     """Takes the pieces of one pull, and sees to it that each position comes exactly once."""
 
@@ -226,25 +249,34 @@ class _Receiver:
         connection.send(Kind.PULL, request.to_json() | {"generation": generation})
         if self._shared is not None:
             connection.send_descriptor(self._shared.descriptor)
-        while True:
-            frame = connection.receive(self._into)
-            if self._cancelled.is_set():
-                raise CancelledError
-            if frame.kind == Kind.END:
-                break
-            if frame.kind != Kind.PIECE:
-                raise WireRefusedError(f"unexpected message {frame.kind}")
-            self._take(frame)
-            if self._shared is not None:
-                connection.send(Kind.ACK, {})
+        try:
+            self._receive_all(connection)
+        except ValueError as error:
+            raise WireDamagedError(f"a malformed piece: {error}") from None
         for layer, position in self._next.items():
             if position != self._load.spans[self._groups[layer]].last:
                 raise WireDamagedError(f"the KV of {layer} ended at block {position}")
         connection.send(Kind.DONE, {})
 
+    def _receive_all(self, connection: Connection) -> None:
+        while True:
+            frame = connection.receive(self._into)
+            if self._cancelled.is_set():
+                raise CancelledError
+            if frame.kind == Kind.END:
+                return
+            if frame.kind != Kind.PIECE:
+                raise WireDamagedError(f"unexpected message {frame.kind}")
+            self._take(frame)
+            if self._shared is not None:
+                connection.send(Kind.ACK, {})
+
     def _into(self, size: int, header: dict[str, object]) -> memoryview:
         if len(self._buffer) < size:
-            if size > max(PIECE_BYTES, self._pages.block_bytes(text(header, "layer"), self._heads)):
+            layer = text(header, "layer")
+            if layer not in self._next:
+                raise WireDamagedError("a piece is of no layer that was asked for")
+            if size > max(PIECE_BYTES, self._pages.block_bytes(layer, self._heads)):
                 raise WireDamagedError("a piece is larger than agreed")
             self._buffer = bytearray(size)
         return memoryview(self._buffer)[:size]
@@ -278,6 +310,6 @@ class _Receiver:
 def _reason(error: WireError) -> str:
     """Return the name under which a failure is counted."""
     if isinstance(error, WireRefusedError):
-        return "gone" if "gone: " in str(error) else "refused"
+        return "gone" if says_gone(error) else "refused"
     name = type(error).__name__
     return {"WireTimeoutError": "timeout", "WireDamagedError": "damaged"}.get(name, "closed")

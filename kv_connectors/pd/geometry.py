@@ -27,7 +27,7 @@ class Heads:
         return Heads(first, max(first, min(self.last, other.last)))
 
     def __len__(self) -> int:
-        return self.last - self.first
+        return max(0, self.last - self.first)
 
     @classmethod
     def of_rank(cls, total: int, rank: int, size: int) -> Heads:

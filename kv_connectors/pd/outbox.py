@@ -45,6 +45,7 @@ class Outgoing:
         reading: Readers at work.
         copying: Copies under way.
         done: Ranks of the readers that have all they want.
+        complete: Whether all readers have; they may have before vLLM says who keeps the blocks.
         ended: Whether it must not be read any more.
     """
 
@@ -57,6 +58,7 @@ class Outgoing:
     reading: int = 0
     copying: int = 0
     done: set[int] = field(default_factory=set)
+    complete: bool = False
     ended: bool = False
 
 
@@ -89,11 +91,15 @@ class Outbox:
         return len(self._entries)
 
     def announce(self, transfer_id: str, digest: str, blocks: Blocks, total: Sequence[int]) -> None:
-        """Let a prompt be read while it is computed; further calls bring its further blocks."""
+        """Let a prompt be read while it is computed; further calls bring its further blocks.
+
+        Of two prompts under one name the second is not to be had.
+        """
         with self._changed:
             entry = self._entries.get(transfer_id)
             if entry is not None:
-                entry.blocks = blocks
+                if entry.request_id is None and entry.digest == digest:
+                    entry.blocks = blocks
             elif transfer_id not in self._gone:
                 self._entries[transfer_id] = Outgoing(digest, blocks, total, {}, None, 0.0)
             self._changed.notify_all()
@@ -118,15 +124,21 @@ class Outbox:
         """Start the lease of a prompt that is computed; one released before ends at once."""
         with self._changed:
             entry = self._entries.get(transfer_id)
-            if transfer_id in self._gone or (entry is not None and entry.request_id is not None):
-                # Released already, or two requests under one name, of which the first stays.
-                self._freed.append(request_id)
-                return
+            released = transfer_id in self._gone
             if entry is None:
+                if released:
+                    self._freed.append(request_id)
+                    return
                 entry = Outgoing(digest, blocks, total, None, None, 0.0)
                 self._entries[transfer_id] = entry
+            elif entry.request_id is not None or entry.digest != digest:
+                # Two requests under one name, of which the first stays.
+                self._freed.append(request_id)
+                return
             entry.blocks, entry.ready, entry.request_id = blocks, None, request_id
             entry.deadline = self._clock() + self._lease_s
+            entry.ended = released or entry.complete
+            self._free_if_ended(transfer_id, entry)
             self._changed.notify_all()
 
     def cancel(self, transfer_ids: Iterable[str]) -> None:
@@ -134,8 +146,12 @@ class Outbox:
         with self._changed:
             for transfer_id in transfer_ids:
                 entry = self._entries.get(transfer_id)
-                if entry is not None and entry.request_id is None:
+                if entry is not None and entry.request_id is not None:
+                    # Another request's, under the same name.
+                    continue
+                if entry is not None:
                     entry.ended = True
+                    self._changed.notify_all()
                     self._changed.wait_for(lambda entry=entry: not entry.copying)
                     del self._entries[transfer_id]
                 self._remember(transfer_id)
@@ -193,7 +209,7 @@ class Outbox:
             entry = self._find(transfer_id, digest)
             entry.reading += 1
         try:
-            yield Reading(self._changed, self._groups, entry)
+            yield Reading(self._changed, self._groups, entry, self._lease_s)
         finally:
             with self._changed:
                 entry.reading -= 1
@@ -233,12 +249,18 @@ class Reading:
         changed: Guards the entry, and is notified when it changes.
         groups: KV cache group of each layer.
         entry: The prompt.
+        patience_s: Longest wait for the next layer, in s.
     """
 
     def __init__(
-        self, changed: threading.Condition, groups: Mapping[str, int], entry: Outgoing
+        self,
+        changed: threading.Condition,
+        groups: Mapping[str, int],
+        entry: Outgoing,
+        patience_s: float,
     ) -> None:
         self._changed, self._groups, self._entry = changed, groups, entry
+        self._patience_s = patience_s
         self._sent: dict[str, int] = {}
 
     @property
@@ -256,14 +278,17 @@ class Reading:
         Raises:
             GoneError: The prompt is not computed to its end, or nothing happened in a lease's time.
         """
+        fresh: list[tuple[str, Span]] = []
+
+        def over() -> bool:
+            fresh[:] = [(name, span) for name in layers if (span := self._fresh(name, spans))]
+            return self._entry.ended or bool(fresh) or self._all_sent(layers, spans)
+
         with self._changed:
-            while True:
-                if self._entry.ended:
-                    raise GoneError("the prefill was given up")
-                fresh = [(name, span) for name in layers if (span := self._fresh(name, spans))]
-                if fresh or self._all_sent(layers, spans):
-                    break
-                self._changed.wait(1.0)
+            if not self._changed.wait_for(over, self._patience_s):
+                raise GoneError("the prefill does not go on")
+            if self._entry.ended:
+                raise GoneError("the prefill was given up")
             for name, span in fresh:
                 self._sent[name] = span.last
             return fresh
@@ -308,6 +333,5 @@ class Reading:
         """Note that a reader has all that it wants; with all readers' the lease ends."""
         with self._changed:
             self._entry.done.add(reader)
-            self._entry.ended |= (
-                self._entry.request_id is not None and len(self._entry.done) >= readers
-            )
+            self._entry.complete |= len(self._entry.done) >= readers
+            self._entry.ended |= self._entry.request_id is not None and self._entry.complete

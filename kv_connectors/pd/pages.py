@@ -42,7 +42,9 @@ class Pages:
         heads: Heads,
         identity: str,
     ) -> None:
-        self._caches = {name: _checked(name, cache) for name, cache in caches.items()}
+        self._caches = {
+            name: _checked(name, cache, num_blocks, heads) for name, cache in caches.items()
+        }
         self._num_blocks = num_blocks
         self._heads = heads
         device = next(iter(self._caches.values())).device
@@ -116,12 +118,19 @@ class Pages:
         return self._parts(layer) * numbers * cache.element_size()
 
 
-def _checked(name: str, cache: object) -> torch.Tensor:
-    if not isinstance(cache, torch.Tensor) or cache.dim() not in (3, 4):
+def _checked(name: str, cache: object, num_blocks: int, heads: Heads) -> torch.Tensor:
+    if (
+        not isinstance(cache, torch.Tensor)
+        or cache.dim() not in (3, 4)
+        or not cache.shape[0]
+        or cache.shape[0] % num_blocks
+        or (cache.dim() == 4 and cache.shape[1] != len(heads))
+    ):
         raise PluginError(
             "--plugin pd", f"the cache of {name} is not paged attention's", "use another model"
         )
-    return cache
+    # PyTorch does not index all types of one byte.
+    return cache.view(torch.uint8) if cache.element_size() == 1 else cache
 
 
 def _as_tensor(buffer: Buffer, dtype: torch.dtype) -> torch.Tensor:

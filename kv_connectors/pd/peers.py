@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from vllm_plugins.kv_connectors.pd.protocol import Kind, transfers
+from vllm_plugins.kv_connectors.pd.protocol import MAX_TRANSFERS, Kind, says_gone, transfers
 from vllm_plugins.wire.connection import connect
 from vllm_plugins.wire.errors import WireError
 
@@ -35,7 +35,8 @@ class PeerConnections:
     def __init__(self, secret: bytes, connect_timeout_s: float, timeout_s: float) -> None:
         self._secret = secret
         self._connect_timeout_s, self._timeout_s = connect_timeout_s, timeout_s
-        self._idle: dict[Peer, list[tuple[float, Connection]]] = defaultdict(list)
+        self._idle: dict[Peer, list[tuple[float, Connection]]] = {}
+        self._closed = False
         self._lock = threading.Lock()
         self._releases: queue.SimpleQueue[Reference | None] = queue.SimpleQueue()
         self._releaser: threading.Thread | None = None
@@ -59,21 +60,27 @@ class PeerConnections:
             connection.close()
             raise
         with self._lock:
-            self._idle[peer].append((time.monotonic(), connection))
+            if self._closed:
+                connection.close()
+            else:
+                self._idle.setdefault(peer, []).append((time.monotonic(), connection))
 
     def renew(self, references: Iterable[Reference]) -> set[str]:
         """Prolong leases; return the transfers that some worker has no lease of any more.
 
-        A worker that cannot be reached keeps its leases: it may be back in time.
+        A worker that cannot be reached keeps its leases: it may be back in time. One that was
+        restarted has none.
         """
         lost: set[str] = set()
-        for peer, names in _by_peer(references).items():
+        for peer, names in _by_peer(references):
             try:
                 with self.to(peer) as connection:
                     header = {"generation": peer.generation, "transfers": names}
                     answer = connection.request(Kind.RENEW, header)
                     lost |= set(names) - set(transfers(answer.header))
-            except (WireError, ValueError):
+            except WireError as error:
+                lost |= set(names) if says_gone(error) else set()
+            except ValueError:
                 continue
         return lost
 
@@ -84,7 +91,7 @@ class PeerConnections:
             WireError: A worker could not be told; its lease ends by itself.
         """
         failed: WireError | None = None
-        for peer, names in _by_peer(references).items():
+        for peer, names in _by_peer(references):
             try:
                 with self.to(peer) as connection:
                     header = {"generation": peer.generation, "transfers": names}
@@ -108,19 +115,26 @@ class PeerConnections:
         """Close the idle connections and end the thread."""
         self._releases.put(None)
         with self._lock:
-            for connections in self._idle.values():
-                for _, connection in connections:
-                    connection.close()
-            self._idle.clear()
+            self._closed = True
+            self._close_idle(0.0)
 
     def _take_idle(self, peer: Peer) -> Connection | None:
         with self._lock:
-            while self._idle[peer]:
-                since, connection = self._idle[peer].pop()
-                if time.monotonic() - since < IDLE_S:
-                    return connection
-                connection.close()
-        return None
+            # Also those to peers of which nobody will ask any more.
+            self._close_idle(IDLE_S)
+            idle = self._idle.get(peer)
+            return idle.pop()[1] if idle else None
+
+    def _close_idle(self, least_s: float) -> None:
+        """Close the connections that were idle for so long."""
+        now = time.monotonic()
+        for peer, connections in list(self._idle.items()):
+            for since, connection in connections:
+                if now - since >= least_s:
+                    connection.close()
+            connections[:] = [entry for entry in connections if now - entry[0] < least_s]
+            if not connections:
+                del self._idle[peer]
 
     def _release_queued(self) -> None:
         while (reference := self._releases.get()) is not None:
@@ -131,9 +145,12 @@ class PeerConnections:
                 continue
 
 
-def _by_peer(references: Iterable[Reference]) -> dict[Peer, list[str]]:
+def _by_peer(references: Iterable[Reference]) -> Iterator[tuple[Peer, list[str]]]:
+    """Yield each peer with its transfers, not more at a time than it takes."""
     names: dict[Peer, list[str]] = defaultdict(list)
     for reference in references:
         for peer in reference.peers:
             names[peer].append(reference.transfer_id)
-    return names
+    for peer, all_names in names.items():
+        for start in range(0, len(all_names), MAX_TRANSFERS):
+            yield peer, all_names[start : start + MAX_TRANSFERS]

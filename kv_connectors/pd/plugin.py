@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from vllm_plugins.errors import PluginError
-from vllm_plugins.plugin import Options, Paper, Plugin, Requirements
+from vllm_plugins.plugin import Options, Paper, Requirements, SchedulerPlugin
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_plugins.arguments import EngineArguments
+    from vllm_plugins.engine.policy import SchedulerPolicy
     from vllm_plugins.kv_connectors.pd.reference import Reference
     from vllm_plugins.wire.address import Address
 
@@ -52,6 +53,13 @@ class PdOptions(Options):
         le=1,
         description="prefill: no new prompt is started while more than this share of all blocks "
         "waits to be pulled.",
+    )
+    saturating_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="prefill: L_m, the prompt tokens that keep the device busy, as "
+        "`vllm-plugins profile` prints them; prompts then run whole, in batches of at most so "
+        "many tokens. By default vLLM's own chunked prefill.",
     )
     lease_s: float = Field(
         30.0,
@@ -155,7 +163,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-class PdPlugin(Plugin):
+class PdPlugin(SchedulerPlugin):
     """Prefill on some instances, decode on others."""
 
     name = "pd"
@@ -179,7 +187,9 @@ class PdPlugin(Plugin):
     Options: ClassVar[type[Options]] = PdOptions
 
     def configure(self, options: PdOptions, arguments: EngineArguments) -> None:
-        """Choose the connector."""
+        """Choose the connector and, where it forms batches, the scheduler host."""
+        if options.saturating_tokens is not None:
+            super().configure(options, arguments)
         wanted: dict[str, Any] = {
             "kv_connector": "PdConnector",
             "kv_connector_module_path": "vllm_plugins.kv_connectors.pd.connector",
@@ -199,8 +209,24 @@ class PdPlugin(Plugin):
 
     def check(self, options: PdOptions, config: VllmConfig) -> None:
         """Refuse models and settings under which blocks cannot be handed over."""
+        most = config.scheduler_config.max_num_batched_tokens
+        if options.saturating_tokens is not None and options.saturating_tokens > most:
+            raise PluginError(
+                f"--plugin pd: saturating_tokens={options.saturating_tokens}",
+                f"exceeds --max-num-batched-tokens, {most}, so that prompts would not run whole",
+                "lower it or raise --max-num-batched-tokens",
+            )
         for flag, reason, mend in _unsupported(config):
             raise PluginError(f"--plugin pd with {flag}", reason, mend)
+
+    def policy(self, options: PdOptions, config: VllmConfig) -> SchedulerPolicy:
+        """Make the policy of one engine; it does nothing where batches are vLLM's own."""
+        from vllm_plugins.engine.policy import SchedulerPolicy
+        from vllm_plugins.kv_connectors.pd.prefill_batch import PrefillBatchPolicy
+
+        if options.saturating_tokens is None:
+            return SchedulerPolicy()
+        return PrefillBatchPolicy(options.saturating_tokens)
 
 
 def _unsupported(config: VllmConfig) -> list[tuple[str, str, str]]:

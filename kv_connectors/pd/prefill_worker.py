@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 from vllm_plugins.kv_connectors.pd.geometry import Heads
 from vllm_plugins.kv_connectors.pd.outbox import GoneError, Outbox, Reading
 from vllm_plugins.kv_connectors.pd.protocol import (
+    GONE,
     PIECE_BYTES,
     SLOTS,
     Kind,
@@ -88,7 +89,7 @@ class PrefillWorker:
             if frame.kind not in self._answers:
                 raise WireRefusedError(f"unexpected message {frame.kind}")
             if text(frame.header, "generation") != self._generation:
-                raise WireRefusedError("gone: this worker has been restarted")
+                raise WireRefusedError(f"{GONE}this worker has been restarted")
             self._answers[frame.kind](connection, frame)
 
     def _describe(self, connection: Connection, frame: Frame) -> None:
@@ -116,7 +117,7 @@ class PrefillWorker:
                 else:
                     _Sender(self, connection, wanted, reading, None).run()
         except GoneError as error:
-            raise WireRefusedError(f"gone: {error}") from None
+            raise WireRefusedError(f"{GONE}{error}") from None
         finally:
             connection.idle_timeout_s = idle_timeout_s
 
@@ -128,8 +129,8 @@ class PrefillWorker:
         for layer, group in wanted.layers:
             if self._groups.get(layer) != group:
                 raise WireRefusedError("this worker has no such layer in such a group")
-        if wanted.shared and wanted.shared < SLOTS * self.slot_bytes(wanted):
-            raise WireRefusedError("the shared memory is too small")
+        if wanted.shared not in (0, SLOTS * self.slot_bytes(wanted)):
+            raise WireRefusedError("the shared memory has another size than agreed")
 
     def slot_bytes(self, wanted: PullRequest) -> int:
         """Return the bytes of the largest piece of a pull."""
@@ -172,7 +173,7 @@ class _Sender:
         while fresh := self._reading.next(layers, self._wanted.groups):
             for layer, span in fresh:
                 size = self._worker.pages.block_bytes(layer, self._heads)
-                for piece in span.pieces(size):
+                for piece in span.pieces(size, PIECE_BYTES):
                     self._send(layer, piece, len(piece) * size)
         self._connection.send(Kind.END, {"pieces": self._pieces})
         while self._unacknowledged:

@@ -24,14 +24,22 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+from vllm_plugins.kv_connectors.pd.geometry import MAX_LAYERS
+from vllm_plugins.wire.errors import WireError, WireRefusedError
+
 # Bytes of one piece at most, unless one block alone is larger: small enough that reading, the wire
 # and writing overlap, large enough that a message costs little.
 PIECE_BYTES = 8 << 20
 # Pieces in shared memory at a time.
 SLOTS = 4
-MAX_TRANSFERS = 4096
+# As many names of the greatest length fit into a header.
+MAX_TRANSFERS = 2048
 MAX_GROUPS = 64
 MAX_BLOCKS = 1 << 24
+
+
+# Begins what a worker answers where there is no such transfer, or no more.
+GONE = "gone: "
 
 
 class Kind(IntEnum):
@@ -57,7 +65,7 @@ class Span:
     first: int
     last: int
 
-    def pieces(self, block_bytes: int, size: int = PIECE_BYTES) -> Iterator[Span]:
+    def pieces(self, block_bytes: int, size: int) -> Iterator[Span]:
         """Divide into spans of at most ``size`` bytes, but at least one block."""
         step = max(1, size // block_bytes)
         for first in range(self.first, self.last, step):
@@ -115,22 +123,30 @@ class PullRequest:
         layers = header.get("layers")
         if not isinstance(groups, list) or not 0 < len(groups) <= MAX_GROUPS:
             raise ValueError("groups is no list of spans")
-        if not isinstance(layers, list) or not layers:
+        if not isinstance(layers, list) or not 0 < len(layers) <= MAX_LAYERS:
             raise ValueError("layers is no list")
         heads = integers(header.get("heads"), 2, MAX_BLOCKS)
         reader, readers, shared = (
             integers([header.get(name)], 1, 1 << 40)[0] for name in ("reader", "readers", "shared")
         )
+        named = tuple(_layer(layer, len(groups)) for layer in layers)
+        if len(dict(named)) != len(named):
+            raise ValueError("a layer is named twice")
         return cls(
             text(header, "transfer"),
             text(header, "digest"),
             tuple(Span(*integers(group, 2, MAX_BLOCKS)) for group in groups),
-            tuple(_layer(layer, len(groups)) for layer in layers),
+            named,
             (heads[0], heads[1]),
             reader,
             readers,
             shared,
         )
+
+
+def says_gone(error: WireError) -> bool:
+    """Whether a worker answered that a transfer is not there, and will not be."""
+    return isinstance(error, WireRefusedError) and GONE in str(error)
 
 
 def _layer(value: Any, groups: int) -> tuple[str, int]:

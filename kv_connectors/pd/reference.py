@@ -107,17 +107,22 @@ class Reference:
         Raises:
             BadReferenceError: There is one, and it is malformed.
         """
-        if not params or not params.get("do_remote_prefill"):
+        if not params:
+            return None
+        if not isinstance(params, Mapping):
+            raise BadReferenceError("kv_transfer_params is no JSON object")
+        if not params.get("do_remote_prefill"):
             return None
         body = params.get(KEY)
         if not isinstance(body, dict):
             raise BadReferenceError(f"kv_transfer_params has no '{KEY}': not from this connector")
-        if body.get("version") != VERSION:
-            raise BadReferenceError(f"version {body.get('version')!r:.20}, here {VERSION}")
-        streams = body.get("num_tokens") is None
+        version = body.get("version")
+        if type(version) is not int or version != VERSION:
+            raise BadReferenceError(f"version {version!r:.20}, here {VERSION}")
+        streams = body.get("num_tokens") is None and body.get("digest") is None
         return cls(
             transfer_id(body),
-            None if streams else _token_count(body["num_tokens"]),
+            None if streams else _token_count(body.get("num_tokens")),
             None if streams else _text(body, "digest", _DIGEST),
             _peers(body.get("peers")),
         )
@@ -158,7 +163,8 @@ def prompt_digest(tokens: Sequence[int], extra: Iterable[Any] = ()) -> str:
         extra: What else the KV depends on: adapter, cache salt, identity of media.
     """
     digest = blake2b(digest_size=DIGEST_BYTES, person=b"vllm-plugins-pd")
-    digest.update(np.asarray(tokens, np.int64).tobytes())
+    # Lengths come first, so that no token can be taken for a part of the rest.
+    digest.update(len(tokens).to_bytes(8, "little") + np.asarray(tokens, np.int64).tobytes())
     for item in extra:
         text = repr(item).encode()
         digest.update(len(text).to_bytes(8, "little") + text)

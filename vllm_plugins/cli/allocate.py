@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vllm_plugins.routing.stage_times import StageTimes
     from vllm_plugins.routing.virtual import Request, Shape
 
+HELP = "Choose how many workers encode, prefill and decode, from profiled stage times and a trace."
 # A trace of a million requests; what is larger is cut by its owner.
 MAX_TRACE_BYTES = 1 << 28
 FIRST_PORT = 8100
@@ -72,12 +73,18 @@ def run(args: argparse.Namespace) -> int:
     requests = read_requests(args.trace, args.requests)
     candidates = _search(args, requests, times, targets)
     _print(candidates, targets)
-    for line in launch_lines(candidates[0].shape, args.model):
-        print(line)
     if args.out:
         args.out.write_text(json.dumps(_report(args, times, candidates), indent=1) + "\n")
     if args.plot:
         draw(args.plot, candidates, targets)
+    if not candidates[0].goodput:
+        raise PluginError(
+            "allocate",
+            "no split meets the targets at any rate",
+            "loosen them, or spread requests of the trace that arrive at the same instant",
+        )
+    for line in launch_lines(candidates[0].shape, args.model):
+        print(line)
     return 0
 
 

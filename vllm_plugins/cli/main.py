@@ -24,6 +24,7 @@ COMMANDS = {
     "simulate": "Run schedulers in virtual time on a workload, without a model.",
     "allocate": "Choose how many workers encode, prefill and decode, from profiled stage times "
     "and a trace.",
+    "route": "Serve one OpenAI endpoint in front of prefill, decode and encode instances.",
     "kvshare": "Show, fill and empty what a server with --plugin kvshare stores.",
 }
 """Subcommands with the one-line help that ``--help`` shows without importing them."""

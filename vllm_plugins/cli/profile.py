@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         _write_steps(args.steps_csv, works, seconds)
     if args.plot:
         _plot(args.plot, model, works, seconds, held_out)
-    _print(args.out, model, fitted, held_out)
+    _print(args.out, model, fitted, held_out, config.model_config.max_model_len)
     return 0
 
 
@@ -156,11 +156,13 @@ def _plot(
     figure.savefig(path, dpi=120)
 
 
-def _print(path: Path, model: StepCostModel, fitted: FitReport, held_out: FitReport) -> None:
+def _print(
+    path: Path, model: StepCostModel, fitted: FitReport, held_out: FitReport, longest: int
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from vllm_plugins.engine.cost_model import FEATURES
+    from vllm_plugins.engine.cost_model import FEATURES, saturating_prefill
 
     table = Table(title=f"Step cost model, written to {path}")
     for column in ("feature", "microseconds per unit"):
@@ -169,6 +171,7 @@ def _print(path: Path, model: StepCostModel, fitted: FitReport, held_out: FitRep
         table.add_row(name, f"{1e6 * value:.4g}")
     console = Console()
     console.print(table, f"knee: {model.knee:g} rows")
+    console.print(f"saturating prefill (L_m): {saturating_prefill(model, longest)} tokens")
     for name, part in (("fit", fitted), ("held out", held_out)):
         console.print(
             f"{name}: {part.steps} steps, R² {part.r2:.3f}, error median {part.median_error:.1%}, "

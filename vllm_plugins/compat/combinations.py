@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_plugins.activation import configure
+from vllm_plugins.compat import trials
 from vllm_plugins.errors import PluginError
 from vllm_plugins.plugin import Options
 from vllm_plugins.registry import enable, entry_points, load
@@ -68,7 +69,7 @@ def decide_all() -> list[Pair]:
 
 def decide(first: str, second: str) -> Pair:
     """Decide one pair, by starting it as a front end would, short of an engine."""
-    refusal = _refusal(PluginSpec(first, {}), PluginSpec(second, {}))
+    refusal = _refusal(trials.spec(first), trials.spec(second))
     options = () if refusal else tuple(_refused_options(first, second))
     return Pair((first, second), refusal, options)
 
@@ -86,8 +87,8 @@ def _refused_options(first: str, second: str) -> Iterator[str]:
     """Yield the single options that make a pair exclude one another and work alone."""
     for name, other in ((first, second), (second, first)):
         for key, value in _single_options(load(name).Options):
-            alone = PluginSpec(name, {key: value})
-            reason = "" if _refusal(alone) else _refusal(alone, PluginSpec(other, {}))
+            alone = PluginSpec(name, trials.spec(name).options | {key: value})
+            reason = "" if _refusal(alone) else _refusal(alone, trials.spec(other))
             if reason:
                 shown = "..." if value is SOME_NUMBER else value
                 yield f"`{name}:{key}={shown}` {reason}"

@@ -26,6 +26,7 @@ from vllm_plugins.arguments import flag
 from vllm_plugins.bench.errors import BenchError
 from vllm_plugins.bench.process import interrupt_on_termination
 from vllm_plugins.bench.server import Server, serve
+from vllm_plugins.compat import trials
 from vllm_plugins.compat.combinations import decide_all, own_plugins
 from vllm_plugins.compat.contract import check_contracts
 from vllm_plugins.compat.contracts import CONTRACTS
@@ -33,7 +34,6 @@ from vllm_plugins.errors import PluginError
 from vllm_plugins.metrics import ACTIVE, PREFIX
 from vllm_plugins.plugin import SCHEDULER_HOST, SchedulerPlugin, WorkerPlugin
 from vllm_plugins.registry import enable, load, unmet_version
-from vllm_plugins.spec import PluginSpec
 
 PASSED = "passed"
 STOCK = "stock"
@@ -46,9 +46,6 @@ SERVE = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--m
          "--max-num-batched-tokens", str(STEP_ROWS),
          )  # fmt: skip
 START_S = 600.0
-# Engine arguments under which a plug-in's outputs are stock's for this prompt: zipcache leaves
-# alone what stays within one block.
-EXACT_WITH = {"zipcache": {"block_size": 256}}
 
 
 class TrialError(AssertionError):
@@ -131,7 +128,7 @@ class VersionRun:
                 self.outcome.needs[name] = needed
                 continue
             try:
-                enable([PluginSpec(name, {})])
+                enable([trials.spec(name)])
                 allowed.append(name)
             except PluginError as error:
                 self.outcome.refused[name] = error.reason
@@ -181,8 +178,8 @@ class VersionRun:
         """Serve one request and return its text, checking who is on in the server."""
         label = "-".join(names)
         log = self._logs / f"{self.outcome.version}-{label}.log"
-        exact = [word for k, v in _exact(names).items() for word in (flag(k), str(v))]
-        words = [*SERVE, *exact, "--plugin", *names]
+        exact = [w for k, v in trials.exact_with(names).items() for w in (flag(k), str(v))]
+        words = [*SERVE, *exact, "--plugin", *map(trials.flag_word, names)]
         with serve(str(self._model), words, label, log, START_S) as server:
             self._check_server(server, names)
             return _completion(server)
@@ -200,7 +197,8 @@ class VersionRun:
 
         import vllm_plugins
 
-        arguments = {**vllm_plugins.engine_args(*names), **_exact(names)}
+        plugins = vllm_plugins.engine_args(*map(trials.flag_word, names))
+        arguments = {**plugins, **trials.exact_with(names)}
         with _engine(self._model, arguments) as llm:
             params = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
             (result,) = llm.generate([PROMPT], params, use_tqdm=False)
@@ -208,10 +206,6 @@ class VersionRun:
             running = _running_in(llm)
         if running != sorted(names):
             raise TrialError(f"the engine runs {running}, not {sorted(names)}")
-
-
-def _exact(names: Sequence[str]) -> dict[str, Any]:
-    return {k: v for name in names for k, v in EXACT_WITH.get(name, {}).items()}
 
 
 @contextmanager

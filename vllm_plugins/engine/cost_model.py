@@ -25,6 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 FEATURES = ("constant", "rows", "rows_above_knee", "requests", "decode_context", "prefill_work")
+# Share of the best tokens per second from which on a prompt counts as keeping the device busy.
+SATURATED = 0.95
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -73,6 +75,22 @@ class StepCostModel:
             a + b * rows + above + e * work.requests
             + c * work.decode_context + d * work.prefill_work
         )  # fmt: skip
+
+
+def saturating_prefill(model: StepCostModel, longest: int) -> int:
+    """Return the least prompt that keeps the device busy, DistServe's ``L_m``, in tokens.
+
+    That is where tokens per second reach `SATURATED` of the most that any prompt up to ``longest``
+    reaches; the paper profiles it without saying where on the curve (this point is our reading).
+
+    Args:
+        model: A fitted cost model.
+        longest: Longest prompt to consider, in tokens, at least 1.
+    """
+    lengths = np.unique(np.geomspace(1, longest, 256).round().astype(int))
+    works = [StepWork(int(n), 1, 0.0, chunk_work(int(n), 0)) for n in lengths]
+    speed = lengths / np.array([model.seconds(work) for work in works])
+    return int(lengths[np.argmax(speed >= SATURATED * speed.max())])
 
 
 def design_matrix(works: Iterable[StepWork], knee: float, tile: int) -> FloatArray:

@@ -75,7 +75,7 @@ class Admin:
 
     async def remove(self, request: web.Request) -> web.Response:
         """Forget an instance; requests that it has are still answered."""
-        return self._changed(request, self._services.fleet.remove)
+        return self._changed(request, self._services.forget)
 
     def _changed(self, request: web.Request, change: Any) -> web.Response:
         require_admin(self._services, request)

@@ -7,7 +7,7 @@ import math
 from http import HTTPStatus
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """A request that the router answers itself, with an error.
 
     Args:

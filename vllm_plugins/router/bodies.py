@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_plugins.router.answers import Refusal
+from vllm_plugins.router.answers import RefusedError
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 # What names a peer to pull from. It comes from instances alone: a client that could set it would
@@ -74,14 +74,14 @@ def parse_body(raw: bytes) -> dict[str, Any]:
     """Return a request's body without the fields that only instances may set.
 
     Raises:
-        Refusal: It is no JSON object.
+        RefusedError: It is no JSON object.
     """
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError):
-        raise Refusal(400, "the body is not valid JSON", "invalid") from None
+        raise RefusedError(400, "the body is not valid JSON", "invalid") from None
     if not isinstance(body, dict):
-        raise Refusal(400, "the body is not a JSON object", "invalid")
+        raise RefusedError(400, "the body is not a JSON object", "invalid")
     for name in TRANSFER_FIELDS:
         body.pop(name, None)
     return body

@@ -9,11 +9,13 @@ from typing import Self
 
 from aiohttp import web
 
-from vllm_plugins.router.answers import Refusal, error_body, error_event
+from vllm_plugins.router.answers import RefusedError, error_body, error_event
 from vllm_plugins.router.events import Tail
 
 # A stalled stream is noticed within this share of the time too early at most.
 RENEWED = 0.25
+# For a client to take the error that ends its stream.
+LAST_WORDS_S = 5.0
 
 
 class Patience:
@@ -34,9 +36,12 @@ class Patience:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> bool | None:
-        return await self._timeout.__aexit__(kind, error, at)
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        await self._timeout.__aexit__(kind, error, at)
 
     def moved(self) -> None:
         """Note that something moved. A timer is made only now and then, not for each token."""
@@ -99,17 +104,29 @@ class Client:
         """Return an answer that is sent in one piece."""
         return web.Response(status=status, headers=self._headers(headers), body=body)
 
-    async def refuse(self, refusal: Refusal) -> web.StreamResponse:
+    async def refuse(self, refusal: RefusedError) -> web.StreamResponse:
         """Return an error as the answer, or end a stream that has begun with one."""
         if self._response is None:
             headers = {"Content-Type": "application/json", **refusal.headers}
-            return self.whole(
-                refusal.status, headers, error_body(refusal.status, refusal.message)
-            )
+            return self.whole(refusal.status, headers, error_body(refusal.status, refusal.message))
         # A piece of an event must not swallow the error that follows it.
         end = b"" if self._tail.at_boundary else b"\n\n"
-        await self._response.write(end + error_event(refusal.status, refusal.message))
-        return await self.end()
+        try:
+            async with asyncio.timeout(LAST_WORDS_S):
+                await self._response.write(end + error_event(refusal.status, refusal.message))
+                return await self.end()
+        except TimeoutError:
+            self.cut()
+            raise ConnectionResetError("the client takes nothing any more") from None
+
+    def gone(self) -> web.StreamResponse:
+        """Return what the server gets as the answer for a client that has left."""
+        return self._response or web.Response()
+
+    def cut(self) -> None:
+        """Break the connection off, with what the client has not taken."""
+        if self._request.transport is not None:
+            self._request.transport.abort()
 
     def _headers(self, headers: Mapping[str, str]) -> dict[str, str]:
         return {**headers, "X-Request-Id": self._request_id}

@@ -20,7 +20,7 @@ from vllm_plugins.router.first_token import continued_fields
 REPLACEMENT = "\ufffd"
 
 
-class BrokenPart(Exception):
+class BrokenStreamError(Exception):
     """A part of the stream is not what was asked for: an error event, or no event of a stream."""
 
 
@@ -36,6 +36,7 @@ class Sent:
         prompt_ids: Token ids of the prompt.
         token_ids: Token ids of the answer so far.
         finished: Whether the last event with text was sent.
+        counted: Whether the event with the usage was sent.
     """
 
     call: Call
@@ -45,6 +46,7 @@ class Sent:
     prompt_ids: Sequence[int]
     token_ids: list[int] = field(default_factory=list)
     finished: bool = False
+    counted: bool = False
 
     def continued_body(self, transfer: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return what a decode instance is asked, to continue from here.
@@ -82,7 +84,7 @@ class Sent:
         """Return an event of a decode instance as the client gets it; empty for none.
 
         Raises:
-            BrokenPart: It is an error, or no event of a completion.
+            BrokenStreamError: It is an error, or no event of a completion.
         """
         data = event_data(event)
         if data is None or data == b"[DONE]":
@@ -96,7 +98,7 @@ class Sent:
             choice, token_ids = choices[0], choices[0].get("token_ids") or []
             text, reason = choice["text"], choice.get("finish_reason")
         except (LookupError, TypeError, AttributeError):
-            raise BrokenPart("the stream has an event of another kind") from None
+            raise BrokenStreamError("the stream has an event of another kind") from None
         self.token_ids += token_ids
         self.finished = reason is not None
         return self._event(self._choice(text, token_ids, reason, choice.get("stop_reason")))
@@ -105,22 +107,24 @@ class Sent:
         """Note the tokens of an event that goes to the client as it is.
 
         Raises:
-            BrokenPart: It is an error.
+            BrokenStreamError: It is an error.
         """
         data = event_data(event)
         if data is None or data == b"[DONE]":
             return
-        choices = _parsed(data).get("choices")
+        chunk = _parsed(data)
+        choices = chunk.get("choices")
+        self.counted = not choices and "usage" in chunk
         for choice in choices if isinstance(choices, list) else ():
             if not isinstance(choice, dict):
-                raise BrokenPart("the stream has an event of another kind")
+                raise BrokenStreamError("the stream has an event of another kind")
             self.token_ids += choice.get("token_ids") or []
             self.finished = self.finished or choice.get("finish_reason") is not None
 
     def end(self) -> bytes:
         """Return the events that end the stream."""
         options = self.call.body.get("stream_options") or {}
-        if not options.get("include_usage"):
+        if self.counted or not options.get("include_usage"):
             return DONE
         return as_event({**self._head(), "choices": [], "usage": self.usage()}) + DONE
 
@@ -146,7 +150,7 @@ class Sent:
         self, text: str, token_ids: Sequence[int], finish: str | None, stop: Any
     ) -> dict[str, Any]:
         said = {"delta": {"content": text}} if self.call.is_chat else {"text": text}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": finish}
+        choice: dict[str, Any] = {"index": 0, **said, "logprobs": None, "finish_reason": finish}
         if finish is not None or not self.call.is_chat:
             choice["stop_reason"] = stop
         if self.call.body.get("return_token_ids"):
@@ -184,12 +188,14 @@ def _parsed(data: bytes) -> Mapping[str, Any]:
     try:
         chunk = json.loads(data)
     except ValueError:
-        raise BrokenPart("the stream has an event that is not JSON") from None
+        raise BrokenStreamError("the stream has an event that is not JSON") from None
     if not isinstance(chunk, dict):
-        raise BrokenPart("the stream has an event of another kind")
+        raise BrokenStreamError("the stream has an event of another kind")
     if "error" in chunk:
         error = chunk["error"]
-        raise BrokenPart(str(error.get("message") if isinstance(error, dict) else error)[:200])
+        raise BrokenStreamError(
+            str(error.get("message") if isinstance(error, dict) else error)[:200]
+        )
     return chunk
 
 
@@ -228,7 +234,7 @@ def begun_by(call: Call, chunk: bytes) -> Sent | None:
     try:
         head = _parsed(data or b"")
         prompt_ids = (head if call.is_chat else head["choices"][0])["prompt_token_ids"]
-    except (BrokenPart, LookupError, TypeError):
+    except (BrokenStreamError, LookupError, TypeError):
         return None
     return _sent(call, head, prompt_ids) if _are_ids(prompt_ids) else None
 
@@ -246,5 +252,3 @@ def _sent(call: Call, head: Mapping[str, Any], prompt_ids: Sequence[int]) -> Sen
 
 def _are_ids(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
-
-

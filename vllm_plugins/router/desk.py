@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from vllm_plugins.router.answers import Refusal
+from vllm_plugins.router.answers import RefusedError
 from vllm_plugins.router.metrics import RouterMetrics
 from vllm_plugins.routing import (
     Dispatcher,
@@ -25,9 +25,10 @@ from vllm_plugins.routing import (
 
 logger = logging.getLogger(__name__)
 
-# Answers after which their mean length has half forgotten what came before, about.
-LENGTH_MEMORY = 64
-FIRST_GUESS_TOKENS = 256
+# Values over which a mean is about taken.
+MEMORY = 64
+# Guesses before anything was seen: tokens of an answer, and embeddings of an image.
+ANSWER_TOKENS, MEDIUM_TOKENS = 256, 576
 
 
 @dataclass(eq=False)
@@ -40,20 +41,19 @@ class _Waiter:
     )
 
 
-class AnswerLengths:
-    """Mean length of the answers so far, in tokens, to promise KV blocks by."""
+class RecentMean:
+    """A mean of what was seen lately.
 
-    def __init__(self) -> None:
-        self._mean = float(FIRST_GUESS_TOKENS)
+    Args:
+        guess: Before anything was seen.
+    """
 
-    def note(self, tokens: int) -> None:
-        """Take in an answer that has ended by itself."""
-        self._mean += (tokens - self._mean) / LENGTH_MEMORY
+    def __init__(self, guess: float) -> None:
+        self.value = guess
 
-    def expected(self, limit: int | None) -> int:
-        """Return the expected length of an answer of at most ``limit`` tokens."""
-        mean = round(self._mean)
-        return mean if limit is None else max(0, min(limit, mean))
+    def note(self, seen: float) -> None:
+        """Take in a value."""
+        self.value += (seen - self.value) / MEMORY
 
 
 class Desk:
@@ -82,11 +82,17 @@ class Desk:
         self.fleet = fleet
         self.ledger = ledger
         self.health = health
-        self.lengths = AnswerLengths()
+        self.answer_tokens = RecentMean(ANSWER_TOKENS)
+        self.medium_tokens = RecentMean(MEDIUM_TOKENS)
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._queue_timeout_s = queue_timeout_s
         self._rooms = {role: WaitingRoom[_Waiter](max_queue, queue_timeout_s) for role in Role}
+
+    def expected_answer(self, limit: int | None) -> int:
+        """Return the expected length of an answer of at most ``limit`` tokens."""
+        mean = round(self.answer_tokens.value)
+        return mean if limit is None else max(0, min(limit, mean))
 
     def waiting(self, role: Role) -> int:
         """Return how many requests wait for a role."""
@@ -101,7 +107,7 @@ class Desk:
             tried: Instances that have failed this request; asked again only if there is no other.
 
         Raises:
-            Refusal: No instance is up, the queue is full, or the wait was too long.
+            RefusedError: No instance is up, the queue is full, or the wait was too long.
         """
 
         def take() -> list[Ticket] | None:
@@ -120,7 +126,7 @@ class Desk:
             tried: Instances that have failed this request.
 
         Raises:
-            Refusal: As `place`.
+            RefusedError: As `place`.
         """
 
         def take() -> list[Ticket] | None:
@@ -138,13 +144,17 @@ class Desk:
 
     @contextmanager
     def held(self, *tickets: Ticket) -> Iterator[None]:
-        """Close tickets at the end, however it comes, and let the next in the queue have the room."""
+        """Close tickets at the end, however it comes, and give their room to the queue."""
         try:
             yield
         finally:
-            for ticket in tickets:
-                ticket.close()
-            self.admit(tickets[0].role)
+            self.close(*tickets)
+
+    def close(self, *tickets: Ticket) -> None:
+        """Close tickets of one role, and give their room to the queue."""
+        for ticket in tickets:
+            ticket.close()
+        self.admit(tickets[0].role)
 
     def admit(self, role: Role) -> None:
         """Let requests of a role out of the queue for which there is room now."""
@@ -187,12 +197,12 @@ class Desk:
         if not len(room) and (tickets := take()) is not None:
             return tickets
         if not self.fleet.serving(role):
-            raise Refusal(503, f"no {role} instance is up", "no_instance", retry_after_s=1.0)
+            raise RefusedError(503, f"no {role} instance is up", "no_instance", retry_after_s=1.0)
         waiter = _Waiter(take)
         try:
             room.enter(waiter, _now())
         except QueueFull as full:
-            raise Refusal(503, str(full), "queue_full", full.retry_after_s) from None
+            raise RefusedError(503, str(full), "queue_full", full.retry_after_s) from None
         self._metrics.queue(role, len(room))
         return await self._served(role, waiter)
 
@@ -204,7 +214,7 @@ class Desk:
         except TimeoutError:
             self._give_up(role, waiter)
             message = f"no {role} instance had room within {self._queue_timeout_s:g} s"
-            raise Refusal(503, message, "queue_timeout", room.retry_after(_now())) from None
+            raise RefusedError(503, message, "queue_timeout", room.retry_after(_now())) from None
         except asyncio.CancelledError:
             self._give_up(role, waiter)
             raise

@@ -1,10 +1,10 @@
 """The life of one request: prefill, hand-over, decode, and what happens when an instance fails.
 
 ```
-client ──► place at P ──► P computes the prompt, holds its KV ──► place at D ──► D pulls and answers
-             │  P fails: another P                                   │  D fails before the first byte:
-             │                                                       │  the same KV, or a new prefill
-             └─ the client leaves: everything is broken off, the KV that P holds is released
+client ──► place at P ──► P computes the prompt, holds its KV ──► place at D ──► D pulls, answers
+             │  P fails: another P                                  │  D fails before the first
+             │                                                      │  byte: same KV or new prefill
+             └─ the client leaves: all is broken off, the KV that P holds is released
 ```
 """
 
@@ -14,16 +14,18 @@ import asyncio
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from vllm_plugins.router.answers import Refusal
+from vllm_plugins.router.answers import RefusedError
 from vllm_plugins.router.bodies import COMPLETIONS, Call, decode_body, prefill_body, prompt_tokens
 from vllm_plugins.router.client import Client
 from vllm_plugins.router.continued import Sent, begun_by, first_token
+from vllm_plugins.router.encoding import Encoding
 from vllm_plugins.router.first_token import why_alone, why_not_early
+from vllm_plugins.router.media import media_of, warming_body
 from vllm_plugins.router.relay import Relay
-from vllm_plugins.router.upstream import InstanceFailure, answer_headers, request_headers
+from vllm_plugins.router.upstream import InstanceError, answer_headers, request_headers
 from vllm_plugins.routing import Role, Ticket, Work
 
 if TYPE_CHECKING:
@@ -72,6 +74,10 @@ class Exchange:
         self._alone = services.colocated or self._goes_alone()
         self._early = not self._alone and self._wants_early()
         self._elsewhere_s = 0.0
+        self._media = media_of(call) if services.settings.encode else []
+        self._encoded = not self._media
+        self._asked = call
+        self._reserved: Ticket | None = None
 
     async def run(self) -> web.StreamResponse:
         """Serve the request.
@@ -80,8 +86,8 @@ class Exchange:
             The answer, which is on its way already if it is a stream.
 
         Raises:
-            Refusal: The router cannot serve it.
-            Rejected: An instance refuses it.
+            RefusedError: The router cannot serve it.
+            RejectedError: An instance refuses it.
             ConnectionResetError: The client has gone.
         """
         try:
@@ -89,9 +95,11 @@ class Exchange:
                 return await self._answered()
         except TimeoutError:
             seconds = self._services.settings.request_timeout_s
-            raise Refusal(504, f"no complete answer within {seconds:g} s", "timeout") from None
+            raise RefusedError(504, f"no complete answer within {seconds:g} s", "timeout") from None
         finally:
             self._release()
+            if self._reserved is not None:
+                self._services.desk.close(self._reserved)
 
     def _goes_alone(self) -> bool:
         reason = why_alone(self._call.body)
@@ -112,7 +120,7 @@ class Exchange:
         while True:
             try:
                 return await self._attempt()
-            except InstanceFailure as failure:
+            except InstanceError as failure:
                 failures += 1
                 self._note(failure)
                 if failures > self._services.settings.retries or not self._can_go_on():
@@ -129,6 +137,8 @@ class Exchange:
 
     async def _attempt(self) -> web.StreamResponse:
         """Ask a decode instance, after a prefill unless one still holds the prompt."""
+        if not self._encoded:
+            await self._encode()
         if not self._alone and not self._client.begun:
             await self._prefill()
         if self._sent is not None and self._sent.finished:
@@ -137,6 +147,33 @@ class Exchange:
         ticket = await self._place_decode()
         with self._services.desk.held(ticket):
             return await self._decode(ticket)
+
+    async def _encode(self) -> None:
+        """Have the media encoded; the text before the first one is prefilled meanwhile."""
+        encoding = Encoding(self._services, self._asked, self._media, self._headers)
+        with self._elsewhere():
+            warming = await self._warm(encoding)
+            try:
+                self._call = replace(self._asked, body=await encoding.run())
+                # What is not in the prefix cache yet would be computed twice.
+                await warming
+            except InstanceError as failure:
+                raise self._refusal(failure) from None
+            finally:
+                warming.cancel()
+        self._encoded = True
+
+    async def _warm(self, encoding: Encoding) -> asyncio.Future[None]:
+        """Begin to prefill the text before the first medium where that pays, and it is known."""
+        beginning = None
+        if self._services.settings.overlap and (self._services.colocated or not self._alone):
+            beginning = warming_body(self._asked, self._media[0])
+        if beginning is None:
+            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            done.set_result(None)
+            return done
+        self._reserved = await self._place_prefill(set())
+        return asyncio.create_task(encoding.warm(self._reserved.instance, beginning))
 
     async def _prefill(self) -> None:
         held = self._held
@@ -159,23 +196,30 @@ class Exchange:
     async def _ask_prefill(self) -> dict[str, Any]:
         """Return a prefill instance's answer, after as many others as may be tried."""
         failures, tried = 0, set[str]()
-        body = prefill_body(self._call, self._early)
-        work = Work(prompt_tokens=prompt_tokens(self._call.body))
         while True:
-            with self._elsewhere():
-                ticket = await self._services.desk.place(Role.PREFILL, work, tried)
+            ticket, self._reserved = self._reserved, None
+            if ticket is None:
+                ticket = await self._place_prefill(tried)
+            body = prefill_body(self._call, self._early)
             try:
                 with self._services.desk.held(ticket), self._elsewhere():
                     return await self._services.upstream.post_json(
                         ticket.instance, self._call.path, body, self._headers
                     )
-            except InstanceFailure as failure:
+            except InstanceError as failure:
                 failures += 1
                 tried.add(failure.instance.id)
                 self._note(failure)
                 if failures > self._services.settings.retries:
                     raise self._refusal(failure) from None
                 self._services.metrics.retried(Role.PREFILL)
+                if self._media and failure.suspects_transfer:
+                    await self._encode()
+
+    async def _place_prefill(self, tried: set[str]) -> Ticket:
+        work = Work(prompt_tokens=prompt_tokens(self._asked.body))
+        with self._elsewhere():
+            return await self._services.desk.place(Role.PREFILL, work, tried)
 
     async def _send_first(self, answer: Mapping[str, Any]) -> None:
         """Send the prefill instance's token, if it can be."""
@@ -190,9 +234,12 @@ class Exchange:
         await self._client.write(sent.first(token))
 
     async def _place_decode(self) -> Ticket:
+        reserved, self._reserved = self._reserved, None
+        if reserved is not None:
+            return reserved
         role = Role.PREFILL if self._services.colocated else Role.DECODE
         known = self._held.prompt_tokens if self._held else prompt_tokens(self._call.body)
-        expected = self._services.desk.lengths.expected(self._call.max_tokens)
+        expected = self._services.desk.expected_answer(self._call.max_tokens)
         work = Work(prompt_tokens=known, output_tokens=expected)
         with self._elsewhere():
             return await self._services.desk.place(role, work, self._tried)
@@ -250,17 +297,17 @@ class Exchange:
             self._services.releaser.start(self._held.transfer)
             self._held = None
 
-    def _note(self, failure: InstanceFailure) -> None:
+    def _note(self, failure: InstanceError) -> None:
         logger.warning("request %s: %s", self._call.request_id, failure)
         if failure.sick:
             self._services.desk.failed(failure.instance)
 
-    def _refusal(self, failure: InstanceFailure) -> Refusal:
+    def _refusal(self, failure: InstanceError) -> RefusedError:
         if self._client.begun:
-            return Refusal(502, f"the answer broke off: {failure.reason}", "broken")
+            return RefusedError(502, f"the answer broke off: {failure.reason}", "broken")
         if not failure.sick:
-            return Refusal(503, f"all instances are busy: {failure.reason}", "failed", 1.0)
-        return Refusal(502, f"no instance could serve the request: {failure.reason}", "failed")
+            return RefusedError(503, f"all instances are busy: {failure.reason}", "failed", 1.0)
+        return RefusedError(502, f"no instance could serve the request: {failure.reason}", "failed")
 
     @contextmanager
     def _elsewhere(self) -> Iterator[None]:

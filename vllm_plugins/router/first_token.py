@@ -40,7 +40,7 @@ HOLDS_ONE: Mapping[str, str] = {
 }
 """Why the decode instance computes a prompt itself, without a hand-over."""
 
-_NEUTRAL = (None, False, 0, 0.0, [], {}, "")
+_NEUTRAL: tuple[Any, ...] = (None, False, 0, 0.0, [], {}, "")
 _ALWAYS_SAFE = frozenset(
     {
         "allowed_token_ids", "cache_salt", "ignore_eos", "include_stop_str_in_output", "logit_bias",

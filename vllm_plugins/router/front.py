@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from vllm_plugins.router import admin, status
-from vllm_plugins.router.answers import Refusal
+from vllm_plugins.router.answers import RefusedError, error_body
 from vllm_plugins.router.bodies import CHAT, COMPLETIONS, Call, parse_body
 from vllm_plugins.router.client import Client
 from vllm_plugins.router.exchange import Exchange
+from vllm_plugins.router.listen import headers_in_time
 from vllm_plugins.router.upstream import (
-    MAX_HEADER_BYTES,
-    InstanceFailure,
-    Rejected,
-    answer_headers,
+    InstanceError,
+    RejectedError,
     request_headers,
 )
 from vllm_plugins.routing import Role, State
@@ -31,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 # Instances write it into their logs.
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
-# Time for a client to send its request, and between two of its requests.
-BODY_TIMEOUT_S, KEEP_ALIVE_S = 60.0, 75.0
+# Time for a client to send its request's body.
+BODY_TIMEOUT_S = 60.0
 SMALL_ROUTE_TIMEOUT_S = 5.0
 
 
@@ -64,20 +63,29 @@ class Front:
             request_id = secrets.token_hex(16)
         client, outcome = Client(request, request_id), "failed"
         try:
-            call = await self._read(request, request_id)
-            response = await Exchange(self._services, call, client).run()
-            outcome = "complete"
-        except Rejected as rejected:
-            response, outcome = await self._reject(client, rejected), "rejected"
-        except Refusal as refusal:
-            outcome = refusal.outcome
-            response = await client.refuse(refusal)
-        except (asyncio.CancelledError, ConnectionResetError):
+            response, outcome = await self._answered(request, client, request_id)
+        except ConnectionResetError:
+            outcome = "disconnected"
+            return client.gone()
+        except asyncio.CancelledError:
             outcome = "disconnected"
             raise
         finally:
             self._services.metrics.ended(outcome)
         return response
+
+    async def _answered(
+        self, request: web.Request, client: Client, request_id: str
+    ) -> tuple[web.StreamResponse, str]:
+        """Serve a request; return its answer and how it ended, one of ``OUTCOMES``."""
+        try:
+            call = await self._read(request, request_id)
+            return await Exchange(self._services, call, client).run(), "complete"
+        except RejectedError as rejected:
+            outcome = "broken" if client.begun else "rejected"
+            return await self._reject(client, rejected), outcome
+        except RefusedError as refusal:
+            return await client.refuse(refusal), refusal.outcome
 
     async def models(self, request: web.Request) -> web.Response:
         """Pass on an instance's list of models."""
@@ -88,11 +96,15 @@ class Front:
                     body = await self._services.upstream.get(
                         instance, "/v1/models", SMALL_ROUTE_TIMEOUT_S, headers
                     )
-                except InstanceFailure:
+                except InstanceError:
                     # The probes will find out what is wrong with it.
                     continue
                 return web.Response(body=body, content_type="application/json")
-        raise web.HTTPServiceUnavailable(text="no instance is up")
+        return web.Response(
+            status=503,
+            body=error_body(503, "no instance is up"),
+            content_type="application/json",
+        )
 
     async def health(self, request: web.Request) -> web.Response:
         """Answer 200 while every stage has an instance that is up."""
@@ -109,14 +121,14 @@ class Front:
     async def _read(self, request: web.Request, request_id: str) -> Call:
         now = asyncio.get_running_loop().time()
         if "Content-Encoding" in request.headers:
-            raise Refusal(415, "compressed request bodies are not taken", "invalid")
+            raise RefusedError(415, "compressed request bodies are not taken", "invalid")
         body = parse_body(await self._body(request))
         deadline = now + self._services.settings.request_timeout_s
         return Call(request.path, body, request_id, request.headers, now, deadline)
 
     async def _body(self, request: web.Request) -> bytes:
         limit = self._max_body_bytes
-        too_large = Refusal(413, f"the body is over {limit} bytes", "too_large")
+        too_large = RefusedError(413, f"the body is over {limit} bytes", "too_large")
         if (request.content_length or 0) > limit:
             raise too_large
         parts, size = [], 0
@@ -128,19 +140,19 @@ class Front:
                     if size > limit:
                         raise too_large
         except TimeoutError:
-            raise Refusal(408, f"no body within {BODY_TIMEOUT_S:g} s", "invalid") from None
+            raise RefusedError(408, f"no body within {BODY_TIMEOUT_S:g} s", "invalid") from None
         return b"".join(parts)
 
-    async def _reject(self, client: Client, rejected: Rejected) -> web.StreamResponse:
+    async def _reject(self, client: Client, rejected: RejectedError) -> web.StreamResponse:
         if client.begun:
             text = rejected.body[:500].decode(errors="replace")
-            return await client.refuse(Refusal(502, f"the answer broke off: {text}", "broken"))
+            return await client.refuse(RefusedError(502, f"the answer broke off: {text}", "broken"))
         return client.whole(rejected.status, rejected.headers, rejected.body)
 
 
 def build_app(services: Services) -> web.Application:
     """Return the application with all routes."""
-    app = web.Application()
+    app = web.Application(middlewares=[headers_in_time])
     app.add_routes(Front(services).routes())
     app.add_routes(admin.Admin(services).routes())
     app.add_routes(status.Status(services).routes())
@@ -155,9 +167,5 @@ def build_runner(services: Services) -> web.AppRunner:
     return web.AppRunner(
         build_app(services),
         handler_cancellation=True,
-        access_log=None,
-        keepalive_timeout=KEEP_ALIVE_S,
-        max_line_size=MAX_HEADER_BYTES,
-        max_field_size=MAX_HEADER_BYTES,
         shutdown_timeout=services.settings.drain_s,
     )

@@ -22,7 +22,7 @@ THREADS = 4
 # Beyond this the leases have to do: after a failure of many requests at once.
 MAX_WAITING = 1024
 
-Release = Callable[[Mapping[str, Any], bytes], None]
+Release = Callable[[Mapping[str, Any], bytes | None], None]
 """Sends the message to every peer of a reference; blocks, and raises what went wrong."""
 
 
@@ -31,11 +31,11 @@ class Releaser:
 
     Args:
         release: How.
-        secret: Shared with the instances.
+        secret: Shared with the instances; None for the user's own.
         metrics: Counts releases.
     """
 
-    def __init__(self, release: Release, secret: bytes, metrics: RouterMetrics) -> None:
+    def __init__(self, release: Release, secret: bytes | None, metrics: RouterMetrics) -> None:
         self._release = release
         self._secret = secret
         self._metrics = metrics
@@ -71,9 +71,16 @@ class Releaser:
             self._metrics.released("done")
 
 
-def pd_release(transfer: Mapping[str, Any], secret: bytes) -> None:
-    """Release a reference of the ``pd`` connector."""
+def pd_release(transfer: Mapping[str, Any], secret: bytes | None) -> None:
+    """Release a reference of the ``pd`` connector.
+
+    Raises:
+        PluginError: The user's own secret cannot be read.
+        BadReferenceError: The reference is malformed.
+        WireError: A worker could not be told.
+    """
     # Imported late: a router in front of another connector needs none of it.
     from vllm_plugins.kv_connectors.pd.release import release
+    from vllm_plugins.wire.secret import load_secret
 
-    release(transfer, secret)
+    release(transfer, load_secret(None) if secret is None else secret)

@@ -42,7 +42,9 @@ class RouterMetrics:
             "late_first_token", "Requests whose first token prefill could not give.", "reason"
         )
         self._alone = self._counter("alone", "Requests served without a hand-over.", "reason")
-        self._moves = self._counter("role_moves", "Instances that have changed role.", "source", "target")
+        self._moves = self._counter(
+            "role_moves", "Instances that have changed role.", "source", "target"
+        )
         self._releases = self._counter("releases", "Held prompts that were let go of.", "outcome")
         self._queue = self._gauge("queue", "Requests that wait for an instance.", "role")
         self._in_flight = self._gauge("in_flight", "Requests at an instance.", "instance", "role")
@@ -135,5 +137,3 @@ class RouterMetrics:
 
 def _full(name: str) -> str:
     return f"{PREFIX}router_{name}"
-
-

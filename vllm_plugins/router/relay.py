@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from vllm_plugins.router.client import Client, Patience
-from vllm_plugins.router.continued import BrokenPart, Sent
+from vllm_plugins.router.continued import BrokenStreamError, Sent
 from vllm_plugins.router.events import EventSplitter
-from vllm_plugins.router.upstream import InstanceFailure
+from vllm_plugins.router.upstream import InstanceError
 from vllm_plugins.routing import Ticket
 
 if TYPE_CHECKING:
@@ -47,65 +47,73 @@ class Relay:
         self._instance = ticket.instance
 
     async def whole(self) -> bytes:
-        """Return the whole answer."""
+        """Return the whole answer.
+
+        Raises:
+            InstanceError: It breaks off, or is of another kind.
+        """
+        self._require("application/json")
         body = await self._services.upstream.read(self._instance, self._answer)
         found = _COMPLETION_TOKENS.search(body)
         if found:
-            self._services.desk.lengths.note(int(found[1]))
+            self._services.desk.answer_tokens.note(int(found[1]))
         return body
 
     async def first(self) -> bytes:
         """Wait for the first piece of a stream, which shows that the instance has the prompt's KV.
 
         Raises:
-            InstanceFailure: There is none, or it is an error.
+            InstanceError: There is none, or it is an error.
         """
+        self._require("text/event-stream")
         chunk = await self._services.upstream.chunk(self._instance, self._answer)
         if not chunk:
-            raise InstanceFailure(self._instance, "ended a stream before it began")
+            raise InstanceError(self._instance, "ended a stream before it began")
         if chunk.startswith(b'data: {"error"'):
             reason = "began a stream with an error"
-            raise InstanceFailure(self._instance, reason, sick=False, suspects_transfer=True)
+            raise InstanceError(self._instance, reason, sick=False, suspects_transfer=True)
         return chunk
 
     async def pass_on(self, first: bytes) -> None:
         """Pass a stream on byte by byte.
 
         Raises:
-            InstanceFailure: It breaks off, or ends without having said that it is complete.
+            InstanceError: It breaks off, or ends without having said that it is complete.
         """
         count = await self._copy(first, self._client.write)
-        if self._answer.content_type == "text/event-stream" and not self._client.done:
-            raise InstanceFailure(self._instance, "ended a stream before it was complete")
-        self._services.desk.lengths.note(count)
+        if not self._client.done:
+            raise InstanceError(self._instance, "ended a stream before it was complete")
+        self._services.desk.answer_tokens.note(count)
 
     async def follow(self, first: bytes, sent: Sent) -> None:
         """Pass a stream on in whole events, and note its tokens.
 
         Raises:
-            InstanceFailure: As `pass_on`.
+            InstanceError: As `pass_on`.
         """
         splitter = EventSplitter()
 
         async def take(chunk: bytes) -> None:
+            """Pass on the events that are whole now."""
             for event in splitter.feed(chunk):
                 sent.observe(event)
                 await self._client.write(event)
 
         await self._copy_events(first, take)
         if not self._client.done:
-            raise InstanceFailure(self._instance, "ended a stream before it was complete")
-        self._services.desk.lengths.note(len(sent.token_ids))
+            raise InstanceError(self._instance, "ended a stream before it was complete")
+        self._services.desk.answer_tokens.note(len(sent.token_ids))
 
     async def continue_from(self, first: bytes, sent: Sent) -> None:
         """Write a completion's events as the rest of the answer that was begun.
 
         Raises:
-            InstanceFailure: As `pass_on`.
+            InstanceError: As `pass_on`.
         """
         splitter = EventSplitter()
 
         async def take(chunk: bytes) -> None:
+            """Write the events that are whole now in the answer's form."""
             for event in splitter.feed(chunk):
                 written = sent.part(event)
                 if written:
@@ -113,15 +121,20 @@ class Relay:
 
         await self._copy_events(first, take)
         if not sent.finished:
-            raise InstanceFailure(self._instance, "ended a stream before it was complete")
+            raise InstanceError(self._instance, "ended a stream before it was complete")
         await self._client.write(sent.end())
-        self._services.desk.lengths.note(len(sent.token_ids))
+        self._services.desk.answer_tokens.note(len(sent.token_ids))
+
+    def _require(self, content_type: str) -> None:
+        """Refuse an answer of somebody who is no instance, or not any more."""
+        if self._answer.content_type != content_type:
+            raise InstanceError(self._instance, f"answers with {self._answer.content_type}")
 
     async def _copy_events(self, first: bytes, take: Callable[[bytes], Awaitable[None]]) -> None:
         try:
             await self._copy(first, take)
-        except (BrokenPart, ValueError) as error:
-            raise InstanceFailure(self._instance, str(error), sick=False) from None
+        except (BrokenStreamError, ValueError) as error:
+            raise InstanceError(self._instance, str(error), sick=False) from None
 
     async def _copy(self, chunk: bytes, take: Callable[[bytes], Awaitable[None]]) -> int:
         """Hand every piece of the answer over as it arrives, and return how many there were."""
@@ -138,6 +151,7 @@ class Relay:
                     chunk = await read(instance, answer)
         except TimeoutError:
             if self._client.stalls:
+                self._client.cut()
                 raise ConnectionResetError("the client takes nothing any more") from None
-            raise InstanceFailure(instance, f"sent nothing for {stall_s:g} s") from None
+            raise InstanceError(instance, f"sent nothing for {stall_s:g} s") from None
         return count

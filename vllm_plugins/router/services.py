@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from vllm_plugins.router.desk import Desk
 from vllm_plugins.router.held import Release, Releaser, pd_release
 from vllm_plugins.router.metrics import RouterMetrics
+from vllm_plugins.router.observed import Observed
 from vllm_plugins.router.settings import RouterSettings, read_admin_key
 from vllm_plugins.router.upstream import Upstream
 from vllm_plugins.routing import (
@@ -32,6 +35,7 @@ class Services:
         releaser: Lets go of held KV.
         metrics: What the router counts.
         admin_key: Guards the routes that change the instances; None where only loopback does.
+        observed: What instances said of themselves last, by id.
         switch: The change of role in progress.
         model: Name and maximal length of the model that all instances serve; empty until known.
     """
@@ -44,6 +48,7 @@ class Services:
     releaser: Releaser
     metrics: RouterMetrics
     admin_key: bytes | None
+    observed: dict[str, Observed] = field(default_factory=dict)
     switch: RoleSwitch | None = None
     model: tuple[str, int] | None = None
     _names: dict[Role, int] = field(default_factory=lambda: dict.fromkeys(Role, 0))
@@ -52,6 +57,12 @@ class Services:
     def colocated(self) -> bool:
         """Whether prefill instances also decode, as there are no others."""
         return not self.settings.decode
+
+    @property
+    def own_headers(self) -> dict[str, str]:
+        """Headers of the requests that the router makes for itself."""
+        key = self.settings.api_key
+        return {"Authorization": f"Bearer {key}"} if key else {}
 
     def stages(self) -> list[Role]:
         """Return the roles that this router has instances for."""
@@ -71,6 +82,17 @@ class Services:
         self.fleet.add(instance)
         return instance
 
+    def forget(self, instance_id: str) -> Instance:
+        """Take an instance out of the fleet, with everything noted of it.
+
+        Raises:
+            PluginError: It is not there, or its role would be left with too few.
+        """
+        instance = self.fleet.remove(instance_id)
+        self.ledger.forget(instance)
+        self.observed.pop(instance_id, None)
+        return instance
+
     def capacity(self, kv_blocks: int = 0, block_size: int = 16) -> Capacity:
         """Return an instance's capacity, with what is known of its KV cache."""
         given = self.settings
@@ -88,12 +110,14 @@ class Services:
         await self.upstream.close()
 
 
-def build_services(settings: RouterSettings, secret: bytes, release: Release = pd_release) -> Services:
+def build_services(
+    settings: RouterSettings, secret: bytes | None, release: Release = pd_release
+) -> Services:
     """Make a router's parts; called in its event loop.
 
     Args:
         settings: Checked.
-        secret: Shared with instances that hold KV.
+        secret: Shared with instances that hold KV; None for the user's own.
         release: How held KV is let go of.
 
     Raises:
@@ -109,9 +133,7 @@ def build_services(settings: RouterSettings, secret: bytes, release: Release = p
     )
     upstream = Upstream(settings.connect_timeout_s)
     releaser = Releaser(release, secret, metrics)
-    services = Services(
-        settings, fleet, ledger, desk, upstream, releaser, metrics, admin_key
-    )
+    services = Services(settings, fleet, ledger, desk, upstream, releaser, metrics, admin_key)
     for role, urls in (
         (Role.PREFILL, settings.prefill),
         (Role.DECODE, settings.decode),

@@ -54,6 +54,7 @@ class RouterSettings:
     drain_s: float = 30.0
     secret_file: Path | None = None
     admin_key_file: Path | None = None
+    api_key: str = ""
 
     def check(self) -> None:
         """Refuse what cannot work.
@@ -128,7 +129,14 @@ def check_url(where: str, url: str) -> None:
         known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         known = False
-    if not known or "@" in url or "?" in url or "#" in url or not url.isascii() or url.split() != [url]:
+    if (
+        not known
+        or "@" in url
+        or "?" in url
+        or "#" in url
+        or not url.isascii()
+        or url.split() != [url]
+    ):
         raise PluginError(where, "is no address of an instance", "write http://HOST:PORT")
 
 

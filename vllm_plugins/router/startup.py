@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from vllm_plugins.errors import PluginError
-from vllm_plugins.router.upstream import InstanceFailure
+from vllm_plugins.router.upstream import InstanceError
 from vllm_plugins.routing import Instance, Role
 
 if TYPE_CHECKING:
@@ -27,29 +27,29 @@ async def check_instances(services: Services) -> None:
         PluginError: Models differ, or an instance does not answer in time.
     """
     timeout_s = services.settings.start_timeout_s
-    waiting = {one.id for one in services.fleet}
+    url = ""
     try:
         async with asyncio.timeout(timeout_s):
-            await asyncio.gather(*(_check_when_up(services, one, waiting) for one in services.fleet))
+            for instance in services.fleet:
+                url = instance.url
+                await _check_when_up(services, instance)
     except TimeoutError:
-        urls = ", ".join(services.fleet[name].url for name in sorted(waiting))
         raise PluginError(
-            urls, f"no answer within {timeout_s:g} s", "start the instances, or raise --start-timeout-s"
+            url, f"no answer within {timeout_s:g} s", "start it, or raise --start-timeout-s"
         ) from None
 
 
-async def _check_when_up(services: Services, instance: Instance, waiting: set[str]) -> None:
+async def _check_when_up(services: Services, instance: Instance) -> None:
     told = False
     while True:
         try:
             await _check(services, instance)
-        except InstanceFailure as failure:
+        except InstanceError as failure:
             if not told:
                 logger.warning("waiting for %s: %s", instance.url, failure.reason)
                 told = True
             await asyncio.sleep(RETRY_S)
         else:
-            waiting.discard(instance.id)
             return
 
 
@@ -61,18 +61,16 @@ async def check_model(services: Services, url: str, role: Role) -> None:
     """
     try:
         await _check(services, Instance(url, url, role))
-    except InstanceFailure as failure:
+    except InstanceError as failure:
         raise PluginError(url, failure.reason, "start it first") from None
 
 
 async def _check(services: Services, instance: Instance) -> None:
-    body = await services.upstream.get(instance, "/v1/models", TIMEOUT_S, services.probe_headers)
+    body = await services.upstream.get(instance, "/v1/models", TIMEOUT_S, services.own_headers)
     model = _model(instance, body)
     if instance.active is Role.ENCODE:
-        # An encoder's own limits say nothing about the prompts that it is a part of.
+        # An encoder's own limit says nothing about the prompts that its images are a part of.
         model = (model[0], services.model[1] if services.model else 0)
-        if services.model is None:
-            return
     if services.model is None:
         services.model = model
     if services.model != model:
@@ -89,4 +87,4 @@ def _model(instance: Instance, body: bytes) -> tuple[str, int]:
         first = json.loads(body)["data"][0]
         return str(first["id"]), int(first.get("max_model_len") or 0)
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise InstanceFailure(instance, "/v1/models is no list of models") from None
+        raise InstanceError(instance, "/v1/models is no list of models") from None

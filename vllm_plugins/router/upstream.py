@@ -34,7 +34,7 @@ _OWN_REQUEST_HEADERS = HOP_BY_HOP | {
 _OWN_ANSWER_HEADERS = HOP_BY_HOP | {"content-length", "date", "server", "x-request-id"}
 
 
-class InstanceFailure(Exception):
+class InstanceError(Exception):
     """An instance did not serve a request, and another one may.
 
     Args:
@@ -54,7 +54,7 @@ class InstanceFailure(Exception):
         self.suspects_transfer = suspects_transfer
 
 
-class Rejected(Exception):
+class RejectedError(Exception):
     """An instance refused the request itself (4xx), as every other one would.
 
     Args:
@@ -87,7 +87,9 @@ def request_headers(headers: Mapping[str, str], request_id: str) -> dict[str, st
 
 def answer_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """Return an instance's headers as the client gets them."""
-    return {name: value for name, value in headers.items() if name.lower() not in _OWN_ANSWER_HEADERS}
+    return {
+        name: value for name, value in headers.items() if name.lower() not in _OWN_ANSWER_HEADERS
+    }
 
 
 class Upstream:
@@ -125,8 +127,8 @@ class Upstream:
             An answer with status 2xx, its body not read yet.
 
         Raises:
-            InstanceFailure: There is none, or it says that the instance failed or is busy.
-            Rejected: The instance refused the request.
+            InstanceError: There is none, or it says that the instance failed or is busy.
+            RejectedError: The instance refused the request.
         """
         data = json.dumps(body, separators=(",", ":")).encode()
         try:
@@ -134,7 +136,7 @@ class Upstream:
                 instance.url + path, data=data, headers=headers, allow_redirects=False
             )
         except self._faults as error:
-            raise InstanceFailure(instance, _words(error)) from None
+            raise InstanceError(instance, _words(error)) from None
         try:
             if answer.status != 200:
                 await self._raise_for(instance, answer)
@@ -147,26 +149,26 @@ class Upstream:
         """Return an answer's whole body.
 
         Raises:
-            InstanceFailure: It breaks off, or is too long.
+            InstanceError: It breaks off, or is too long.
         """
         parts, size = [], 0
         while chunk := await self.chunk(instance, answer):
             parts.append(chunk)
             size += len(chunk)
             if size > MAX_ANSWER_BYTES:
-                raise InstanceFailure(instance, f"answer of over {MAX_ANSWER_BYTES} bytes")
+                raise InstanceError(instance, f"answer of over {MAX_ANSWER_BYTES} bytes")
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def chunk(self, instance: Instance, answer: aiohttp.ClientResponse) -> bytes:
         """Return what has arrived of an answer, at least a byte; nothing at its end.
 
         Raises:
-            InstanceFailure: The answer breaks off.
+            InstanceError: The answer breaks off.
         """
         try:
             return await answer.content.readany()
         except self._faults as error:
-            raise InstanceFailure(instance, _words(error)) from None
+            raise InstanceError(instance, _words(error)) from None
 
     async def post_json(
         self, instance: Instance, path: str, body: Mapping[str, Any], headers: Mapping[str, str]
@@ -174,8 +176,8 @@ class Upstream:
         """Send a request and return its answer, a JSON object.
 
         Raises:
-            InstanceFailure: There is none.
-            Rejected: The instance refused the request.
+            InstanceError: There is none.
+            RejectedError: The instance refused the request.
         """
         async with self.post(instance, path, body, headers) as answer:
             return _json_object(instance, await self.read(instance, answer))
@@ -186,7 +188,7 @@ class Upstream:
         """Return what an instance answers on one of its small routes.
 
         Raises:
-            InstanceFailure: It does not answer in time, or with another status than 200.
+            InstanceError: It does not answer in time, or with another status than 200.
         """
         try:
             async with (
@@ -197,19 +199,19 @@ class Upstream:
             ):
                 body = await self.read(instance, answer)
         except self._faults as error:
-            raise InstanceFailure(instance, _words(error)) from None
+            raise InstanceError(instance, _words(error)) from None
         if answer.status != 200:
-            raise InstanceFailure(instance, f"{path} answers {answer.status}")
+            raise InstanceError(instance, f"{path} answers {answer.status}")
         return body
 
     async def _raise_for(self, instance: Instance, answer: aiohttp.ClientResponse) -> None:
         if answer.status in BUSY or answer.status == 503:
-            raise InstanceFailure(instance, f"answers {answer.status}", sick=False)
+            raise InstanceError(instance, f"answers {answer.status}", sick=False)
         if not 400 <= answer.status < 500:
             # A decode instance that could not load a prompt's KV answers with 500 as well.
-            raise InstanceFailure(instance, f"answers {answer.status}", suspects_transfer=True)
+            raise InstanceError(instance, f"answers {answer.status}", suspects_transfer=True)
         body = await self.read(instance, answer)
-        raise Rejected(answer.status, answer_headers(answer.headers), body)
+        raise RejectedError(answer.status, answer_headers(answer.headers), body)
 
 
 def _json_object(instance: Instance, body: bytes) -> dict[str, Any]:
@@ -218,7 +220,7 @@ def _json_object(instance: Instance, body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise InstanceFailure(instance, "answers with no JSON object")
+        raise InstanceError(instance, "answers with no JSON object")
     return value
 
 

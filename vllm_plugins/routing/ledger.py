@@ -111,7 +111,7 @@ class Ticket:
             return
         self.closed = True
         self._account.add(self, -1)
-        del self._account.tickets[id(self)]
+        del self._account.tickets[self]
         self._account.load.requests -= 1
 
 
@@ -120,7 +120,7 @@ class _Account:
     """The open tickets of one instance and their sums."""
 
     load: Load = field(default_factory=Load)
-    tickets: dict[int, Ticket] = field(default_factory=dict)
+    tickets: dict[Ticket, None] = field(default_factory=dict)
 
     def add(self, ticket: Ticket, sign: int) -> None:
         """Add what is left of a ticket, or with sign -1 take it off."""
@@ -161,7 +161,7 @@ class Ledger:
         role = instance.active
         account = self._accounts.setdefault(instance.id, _Account())
         ticket = Ticket(account, instance, role, work, now)
-        account.tickets[id(ticket)] = ticket
+        account.tickets[ticket] = None
         account.load.requests += 1
         account.add(ticket, 1)
         self._opened[role] += 1
@@ -176,7 +176,7 @@ class Ledger:
     def tickets(self, instance: Instance) -> list[Ticket]:
         """Return the open tickets of an instance, oldest first."""
         account = self._accounts.get(instance.id)
-        return list(account.tickets.values()) if account else []
+        return list(account.tickets) if account else []
 
     def backlog(self, instance: Instance, now: float) -> float:
         """Return the whole load of an instance in the unit of its role.

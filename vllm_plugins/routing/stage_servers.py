@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -189,8 +189,8 @@ class TokenBatch:
         self.context -= sequence.context
 
     def age(self, sequence: Sequence) -> int:
-        """Return the tokens that a sequence has produced since it joined; 0 if it is not in."""
-        return self._steps - sequence.joined if sequence in self.members else 0
+        """Return the tokens that a sequence has produced since it joined."""
+        return self._steps - sequence.joined
 
     def step(self) -> tuple[int, list[Sequence]]:
         """Produce a token for each; return the new KV blocks and the sequences that have ended."""
@@ -238,9 +238,10 @@ class Engine:
         self._waiting.append(sequence)
         self._begin()
 
-    def produced(self, sequence: Sequence) -> int:
-        """Return how many tokens of a sequence have been produced here."""
-        return sequence.tokens + self._batch.age(sequence)
+    def running(self) -> Iterator[tuple[Sequence, int]]:
+        """Yield the sequences that decode, and how many tokens each has produced here."""
+        for sequence in self._batch.members:
+            yield sequence, sequence.tokens + self._batch.age(sequence)
 
     def _begin(self) -> None:
         if self._busy:

@@ -19,6 +19,8 @@ MEND = (
 
 
 class _Model(BaseModel):
+    """No unknown names and no infinities."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 

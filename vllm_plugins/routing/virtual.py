@@ -160,7 +160,7 @@ class _Flow:
         self._prefills: dict[str, PrefillServer] = {}
         self._decodes: dict[str, DecodeServer] = {}
         self._engines: dict[str, Engine] = {}
-        self._decoding: dict[Ticket, Sequence] = {}
+        self._decoding: dict[Sequence, Ticket] = {}
         self._build(setup)
         self._dispatcher = DISPATCHERS[setup.dispatch](self._fleet, self.ledger)
         # A router does not know how long an answer becomes; the mean stands for its experience.
@@ -234,19 +234,24 @@ class _Flow:
             server.release(request.prompt_tokens)
             journey.end()
             return
-        for open_ticket, running in self._decoding.items():
-            open_ticket.progress(self._decodes[open_ticket.instance.id].produced(running))
+        self._note_progress()
         ticket = self._ticket(Role.DECODE, request)
         sequence = Sequence(
             context=request.prompt_tokens,
             left=left,
             first_token=journey.first_token,
-            finished=partial(self._finished, journey, ticket),
+            finished=lambda: self._finished(journey, self._decoding.pop(sequence)),
         )
-        self._decoding[ticket] = sequence
+        self._decoding[sequence] = ticket
         self._decodes[ticket.instance.id].offer(
             sequence, partial(server.release, request.prompt_tokens)
         )
+
+    def _note_progress(self) -> None:
+        """Bring the tickets up to date before they are compared, as a stream of tokens does."""
+        for server in self._decodes.values():
+            for sequence, tokens in server.running():
+                self._decoding[sequence].progress(tokens)
 
     def _computed(self, journey: _Journey, ticket: Ticket) -> None:
         ticket.progress(journey.request.prompt_tokens)
@@ -254,7 +259,6 @@ class _Flow:
 
     def _finished(self, journey: _Journey, ticket: Ticket) -> None:
         ticket.close()
-        self._decoding.pop(ticket, None)
         journey.end()
 
     def _ticket(self, role: Role, request: Request) -> Ticket:

@@ -28,6 +28,8 @@ class QueueFull(Exception):  # noqa: N818  (as asyncio and queue name theirs)
 
 @dataclass(frozen=True, slots=True)
 class _Waiting(Generic[Item]):
+    """A request and the time at which it has waited too long, in seconds."""
+
     item: Item
     deadline_s: float
 

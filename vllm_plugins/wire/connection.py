@@ -31,7 +31,8 @@ from vllm_plugins.wire.frame import (
     encode_header,
     printable,
 )
-from vllm_plugins.wire.handshake import greet_server, refusal
+from vllm_plugins.wire.handshake import greet_server
+from vllm_plugins.wire.refusals import refusal, send
 from vllm_plugins.wire.stream import Destination, FrameStream
 
 if TYPE_CHECKING:
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.vllm_plugins.wire")
 
-# What the peer said before it closed is here already, or will never be.
-_LAST_WORDS_S = 0.05
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -102,11 +101,7 @@ class Connection:
             raise ValueError(f"{kind} is not a kind of frame for users")
         self._check_size(header, payload)
         with self._guarded():
-            try:
-                self._stream.send(kind, header, payload, self._deadline())
-            except WireClosedError:
-                self._raise_last_words()
-                raise
+            send(self._stream, kind, header, payload, self._deadline())
 
     def receive(self, into: Destination | None = None) -> Frame:
         """Receive a frame.
@@ -239,17 +234,6 @@ class Connection:
             if not isinstance(error, WireRefusedError):
                 self.close()
             raise
-
-    def _raise_last_words(self) -> None:
-        """Raise what the peer said before it closed the connection, if anything."""
-        try:
-            frame = self._stream.receive(time.monotonic() + _LAST_WORDS_S)
-        except WireError:
-            # That it closed is then all that is known, and the caller raises it.
-            return
-        if frame.kind == ERROR:
-            self.close()
-            raise refusal(frame)
 
 
 def connect(

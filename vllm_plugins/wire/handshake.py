@@ -14,7 +14,7 @@ import re
 import secrets
 from dataclasses import asdict, dataclass
 
-from vllm_plugins.wire.errors import WireDamagedError, WireError, WireRefusedError
+from vllm_plugins.wire.errors import WireDamagedError, WireRefusedError
 from vllm_plugins.wire.frame import (
     ERROR,
     HELLO,
@@ -22,8 +22,8 @@ from vllm_plugins.wire.frame import (
     VERSION,
     Frame,
     Limits,
-    printable,
 )
+from vllm_plugins.wire.refusals import refusal, refuse, send
 from vllm_plugins.wire.stream import FrameStream
 
 CLIENT, SERVER = "client", "server"
@@ -129,10 +129,10 @@ def greet_server(
         WireError: The server is none, refuses, or does not know the secret.
     """
     mine = Hello.new(role, limits)
-    stream.send(HELLO, asdict(mine), (), deadline)
+    send(stream, HELLO, asdict(mine), (), deadline)
     theirs = Hello.read(_answer(stream, deadline))
     transcript = _Transcript(secret, mine, theirs)
-    stream.send(PROOF, {"mac": transcript.digest(CLIENT)}, (), deadline)
+    send(stream, PROOF, {"mac": transcript.digest(CLIENT)}, (), deadline)
     transcript.check(_answer(stream, deadline), SERVER)
     stream.start_checksums(transcript.seed(CLIENT), transcript.seed(SERVER))
     stream.limits = limits
@@ -160,20 +160,6 @@ def greet_client(
     stream.start_checksums(transcript.seed(SERVER), transcript.seed(CLIENT))
     stream.limits = limits
     return theirs
-
-
-def refuse(stream: FrameStream, reason: str, deadline: float) -> None:
-    """Tell the peer why; one that does not listen any more learns nothing."""
-    try:
-        stream.send(ERROR, {"error": printable(reason)}, (), deadline)
-    except WireError:
-        # The refusal stands whether the peer hears it or not.
-        return
-
-
-def refusal(frame: Frame) -> WireRefusedError:
-    """Return the error that an ERROR frame carries."""
-    return WireRefusedError(f"the peer refuses: {printable(frame.header.get('error', ''))}")
 
 
 def _answer(stream: FrameStream, deadline: float) -> Frame:

@@ -18,7 +18,8 @@ from vllm_plugins.wire.address import UNIX_PREFIX, Address, host_id
 from vllm_plugins.wire.connection import Connection, peer_is_same_user
 from vllm_plugins.wire.errors import WireClosedError, WireError, WireRefusedError
 from vllm_plugins.wire.frame import HANDSHAKE_LIMITS, Limits, printable
-from vllm_plugins.wire.handshake import greet_client, refuse
+from vllm_plugins.wire.handshake import Hello, greet_client
+from vllm_plugins.wire.refusals import refuse
 from vllm_plugins.wire.stream import FrameStream
 
 logger = logging.getLogger("vllm.vllm_plugins.wire")
@@ -55,6 +56,7 @@ class Server:
 
     Raises:
         PluginError: It cannot listen there.
+        ValueError: The name is too long or has other characters.
     """
 
     def __init__(
@@ -74,6 +76,8 @@ class Server:
         self._serve, self._secret, self._limits = serve, secret, limits
         self._timeout_s, self._idle_timeout_s = timeout_s, idle_timeout_s
         self._max_connections, self._name = max_connections, name
+        # Before anybody connects, rather than in front of the first client.
+        Hello.new(name, limits)
         self._lock = threading.Lock()
         self._streams: dict[threading.Thread, FrameStream] = {}
         self._acceptor = threading.Thread(

@@ -74,12 +74,10 @@ class SharedBuffer:
         try:
             _check(descriptor, size)
             return cls(descriptor, size)
-        except OSError as error:
+        except (OSError, WireRefusedError) as error:
             os.close(descriptor)
-            raise WireRefusedError(f"a shared buffer cannot be mapped: {error.strerror}") from None
-        except BaseException:
-            os.close(descriptor)
-            raise
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise WireRefusedError(f"a shared buffer cannot be mapped: {reason}") from None
 
     def close(self) -> None:
         """Give it back; harmless where that has been done.
@@ -113,6 +111,6 @@ def _check(descriptor: int, size: int) -> None:
     """
     length = os.fstat(descriptor).st_size
     if not 0 < size <= length:
-        raise WireRefusedError(f"a shared buffer of {length} bytes came with a size of {size}")
+        raise WireRefusedError(f"it has {length} bytes and came with a size of {size}")
     if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
-        raise WireRefusedError("a shared buffer is not sealed against shrinking")
+        raise WireRefusedError("it is not sealed against shrinking")

@@ -1,0 +1,139 @@
+"""Prefill and decode instances as real servers, and requests that go through both."""
+
+import contextlib
+import copy
+import json
+import random
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.serving import Served, served
+from vllm_plugins.bench.process import logged_process
+from vllm_plugins.bench.server import free_port
+from vllm_plugins.kv_connectors.pd.reference import KEY
+from vllm_plugins.wire.address import Address
+
+# Blocks of 32 tokens and chunks of 128, so that short prompts have several of both.
+COMMON = ("--block-size", "32", "--max-num-batched-tokens", "128")
+OUTPUT_TOKENS = 8
+PREFILL = {"do_remote_decode": True}
+
+
+@contextlib.contextmanager
+def instances(model: Path, *arguments: Sequence[str]) -> Iterator[list[Served]]:
+    """Serve a model several times; the servers start side by side."""
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(arguments)) as pool:
+        starting = [served(model, *COMMON, *words) for words in arguments]
+        futures = [pool.submit(context.__enter__) for context in starting]
+        for context, future in zip(starting, futures, strict=True):
+            if future.exception() is None:
+                stack.push(context)
+        yield [future.result() for future in futures]
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """Return a prompt of token ids, another for each seed and length."""
+    draw = random.Random(f"{seed} {length}").randrange
+    return [draw(5, 500) for _ in range(length)]
+
+
+def post(url: str, body: dict[str, Any], path: str = "/v1/completions") -> dict[str, Any]:
+    """Post JSON and return the answer."""
+    request = urllib.request.Request(
+        url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.load(answer)
+
+
+@dataclass
+class Pair:
+    """A prefill and a decode instance."""
+
+    prefill: Served
+    decode: Served
+
+    def body(self, tokens: list[int], max_tokens: int, **more: Any) -> dict[str, Any]:
+        """Return the body of a greedy request."""
+        fixed = {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        return {"model": self.prefill.model, "prompt": tokens, "max_tokens": max_tokens,
+                **fixed, **more}  # fmt: skip
+
+    def prefilled(self, tokens: list[int], **more: Any) -> dict[str, Any]:
+        """Prefill, and return the reference."""
+        params = PREFILL | more
+        answer = post(self.prefill.url, self.body(tokens, 1, kv_transfer_params=params))
+        return answer["kv_transfer_params"]
+
+    def decoded(self, tokens: list[int], params: dict[str, Any] | None, **more: Any) -> list[int]:
+        """Decode, and return the generated tokens."""
+        asked = {"max_tokens": OUTPUT_TOKENS} | more
+        body = self.body(tokens, kv_transfer_params=params, **asked)
+        return post(self.decode.url, body)["choices"][0]["token_ids"]
+
+    def colocated(self, tokens: list[int]) -> list[int]:
+        """Return what one engine alone generates."""
+        return post(self.prefill.url, self.body(tokens, OUTPUT_TOKENS))["choices"][0]["token_ids"]
+
+    def streamed(self, tokens: list[int], peers: list[Any]) -> list[int]:
+        """Decode a prompt whose prefill starts only once somebody waits for its layers."""
+        name = uuid.uuid4().hex
+        reference = {"version": 1, "transfer_id": name, "peers": peers}
+        with ThreadPoolExecutor(1) as pool:
+            params = {"do_remote_prefill": True, KEY: reference}
+            answer: Future[list[int]] = pool.submit(self.decoded, tokens, params)
+            while not self.decode.metric("vllm_plugins:pd_accepted_blocks") and not answer.done():
+                time.sleep(0.005)
+            self.prefilled(tokens, **{KEY: {"transfer_id": name, "stream": True}})
+            return answer.result()
+
+    def await_empty(self, seconds: float) -> None:
+        """Wait until no block is in use or kept on either side."""
+        deadline = time.monotonic() + seconds
+        while self.blocks_in_use():
+            assert time.monotonic() < deadline, self.blocks_in_use()
+            time.sleep(0.05)
+
+    def blocks_in_use(self) -> dict[str, float]:
+        """Return what is not zero of all that says that blocks are taken."""
+        names = ("vllm:kv_cache_usage_perc", "vllm:num_requests_running",
+                 "vllm:num_requests_waiting", "vllm_plugins:pd_held_blocks",
+                 "vllm_plugins:pd_queued", "vllm_plugins:pd_accepted_blocks")  # fmt: skip
+        sides = {
+            name: server
+            for name, server in (("prefill", self.prefill), ("decode", self.decode))
+            if server.process.poll() is None
+        }
+        values = {f"{side} {name}": server.metric(name) for side, server in sides.items()
+                  for name in names}  # fmt: skip
+        return {name: value for name, value in values.items() if value}
+
+
+def through(params: dict[str, Any], address: Address) -> dict[str, Any]:
+    """Return a reference whose only peer is reached at another address, by TCP."""
+    changed = copy.deepcopy(params)
+    changed[KEY]["peers"][0]["address"] = address.to_json()
+    return changed
+
+
+@contextlib.contextmanager
+def routed(pair: Pair, log: Path, *arguments: str) -> Iterator[str]:
+    """Run the router in front of a pair, and give its address."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    command = [sys.executable, "-m", "vllm_plugins.cli.main", "route", "--port", str(port),
+               "--prefill", pair.prefill.url, "--decode", pair.decode.url, *arguments]  # fmt: skip
+    with logged_process(command, log) as process:
+        for _ in range(600):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{url}/health", timeout=5).close()
+                break
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield url
