@@ -136,7 +136,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
-        """Order what was promised."""
+        """Order what was promised, and note what is started."""
+        self._prefill.start(request)
         self._decode.allocated(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:

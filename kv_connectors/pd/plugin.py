@@ -51,8 +51,8 @@ class PdOptions(Options):
         0.8,
         gt=0,
         le=1,
-        description="prefill: no new prompt is started while more than this share of all blocks "
-        "waits to be pulled.",
+        description="prefill: share of all blocks that prompts may take, from their start until "
+        "they are pulled; others wait, in order.",
     )
     saturating_tokens: int | None = Field(
         None,

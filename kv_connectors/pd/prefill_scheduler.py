@@ -39,7 +39,8 @@ class PrefillScheduler:
     Args:
         block_sizes: Tokens of a block, by KV cache group.
         total_blocks: Blocks of the pool.
-        max_held_fraction: Share of the pool above which no new prompt is started.
+        max_held_fraction: Share of the pool that started prompts, and those that wait to be
+            pulled, may take together.
         stream_layers: Whether prompts may be read while they are being computed.
     """
 
@@ -56,8 +57,9 @@ class PrefillScheduler:
         self._peers: tuple[Peer, ...] = ()
         self._transfers: dict[str, str] = {}
         self._streams: dict[str, tuple[Request, str]] = {}
+        self._started: dict[str, int] = {}
         self._held: dict[str, int] = {}
-        self._held_blocks = 0
+        self._started_blocks = self._held_blocks = 0
         self._holds: list[Hold] = []
         self._cancelled: list[str] = []
 
@@ -89,8 +91,22 @@ class PrefillScheduler:
             self._streams[request.request_id] = (request, digest_of(request))
 
     def must_wait(self, request: Request) -> bool:
-        """Whether a prompt must not be started, since too much waits to be pulled already."""
-        return request.request_id in self._transfers and self._held_blocks > self._most_held
+        """Whether a prompt must not be started, since too much waits to be pulled already.
+
+        That is DistServe's back-pressure: the blocks of the batch, of the candidate and of all
+        finished prompts that are not pulled yet stay within a limit. A prompt that alone exceeds
+        it starts when there is no other.
+        """
+        if request.request_id not in self._transfers:
+            return False
+        taken = self._held_blocks + self._started_blocks
+        return bool(taken) and taken + self._blocks(request) > self._most_held
+
+    def start(self, request: Request) -> None:
+        """Note that a prompt has its blocks."""
+        if request.request_id in self._transfers and request.request_id not in self._started:
+            self._started[request.request_id] = self._blocks(request)
+            self._started_blocks += self._started[request.request_id]
 
     def step(self, output: SchedulerOutput, blocks_of: Any, orders: Orders) -> None:
         """Add to a step's orders.
@@ -118,6 +134,7 @@ class PrefillScheduler:
         """Keep a finished prompt's blocks; return whether, and what names them."""
         name = self._transfers.pop(request.request_id, None)
         stream = self._streams.pop(request.request_id, None)
+        self._started_blocks -= self._started.pop(request.request_id, 0)
         if name is None:
             return False, None
         tokens = request.num_prompt_tokens
@@ -140,6 +157,9 @@ class PrefillScheduler:
     def has_orders(self) -> bool:
         """Whether the workers have yet to hear something."""
         return bool(self._holds or self._cancelled)
+
+    def _blocks(self, request: Request) -> int:
+        return sum(self._positions(request.num_prompt_tokens))
 
     def _positions(self, tokens: int) -> tuple[int, ...]:
         return tuple(math.ceil(tokens / size) for size in self._block_sizes)
