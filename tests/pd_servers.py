@@ -94,6 +94,12 @@ class Pair:
             self.prefilled(tokens, **{KEY: {"transfer_id": name, "stream": True}})
             return answer.result()
 
+    def recomputed(self) -> dict[str, float]:
+        """Return how many prompts the decode instance computed itself, by reason."""
+        name = "vllm_plugins:pd_recomputed_total"
+        return {s.labels["reason"]: s.value for s in self.decode.metrics()
+                if s.name == name and s.value}  # fmt: skip
+
     def await_empty(self, seconds: float) -> None:
         """Wait until no block is in use or kept on either side."""
         deadline = time.monotonic() + seconds

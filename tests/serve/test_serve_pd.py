@@ -4,14 +4,15 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
 
 import pytest
-from openai import APITimeoutError, BadRequestError, OpenAI
+from openai import APIConnectionError, APIError, APITimeoutError, BadRequestError, OpenAI
 
 from tests import models
 from tests.pd_servers import PREFILL, Pair, instances, post, prompt, routed, through
@@ -209,10 +210,8 @@ def router(request, pair, tmp_path_factory):
 
 def ask(url: str, pair: Pair, **more: object):
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-    return client.completions.create(
-        model=pair.prefill.model, max_tokens=8, temperature=0,
-        extra_body={"ignore_eos": True}, **more,
-    )  # fmt: skip
+    fixed = {"model": pair.prefill.model, "max_tokens": 8, "temperature": 0}
+    return client.completions.create(**fixed | more, extra_body={"ignore_eos": True})
 
 
 def test_the_router_streams_one_engines_text(pair, router):
@@ -252,6 +251,24 @@ def test_the_router_names_what_is_wrong_with_a_request(pair, router):
     assert ask(router, pair, prompt=prompt(50, 33)).choices[0].text
 
 
+def test_a_killed_router_leaves_nothing_behind(pair, tmp_path):
+    prompts = [prompt(300 + 50 * i, 40) for i in range(8)]
+
+    def read(tokens: list[int]) -> None:
+        with contextlib.suppress(APIConnectionError, APIError):
+            for _ in ask(url, pair, prompt=tokens, stream=True, max_tokens=400):
+                started.release()
+
+    with routed(pair, tmp_path / "router.log") as url, ThreadPoolExecutor(8) as pool:
+        started = threading.Semaphore(0)
+        for tokens in prompts:
+            pool.submit(read, tokens)
+        assert started.acquire(timeout=60)
+        subprocess.run(["pkill", "-9", "-f", f"route --port {url.rsplit(':', 1)[1]}"], check=True)
+    pair.await_empty(LEASE_S + 2)
+    assert pair.decoded(prompts[0], pair.prefilled(prompts[0])) == pair.colocated(prompts[0])
+
+
 def test_a_killed_prefill_instance_costs_its_prompts_a_prefill(pair):
     """Last: the prefill instance does not come back."""
     prompts = [prompt(150, 20 + i) for i in range(4)]
@@ -262,5 +279,6 @@ def test_a_killed_prefill_instance_costs_its_prompts_a_prefill(pair):
             pool.submit(pair.decoded, t, r) for t, r in zip(prompts, references, strict=True)
         ]
         os.killpg(pair.prefill.process.pid, signal.SIGKILL)
+        pair.prefill.process.wait()
         assert [answer.result() for answer in answers] == expected
     assert [pair.decoded(t, r) for t, r in zip(prompts, references, strict=True)] == expected

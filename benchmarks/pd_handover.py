@@ -1,0 +1,233 @@
+"""What handing a prompt's KV over costs, on one machine.
+
+    python benchmarks/pd_handover.py MODEL [--ways shm tcp stream nixl] [--out FILE.json]
+
+A prefill and a decode instance of the same model run side by side, each on a core of its own. For
+every length, way and round, in random order and with fresh prompts, one token is asked for
+
+- of one engine alone (`colocated`),
+- of the prefill instance, and then with its reference of the decode instance (`prefill`,
+  `decode`),
+- of the decode instance again, whose prefix cache has the prompt by then (`cached`).
+
+`decode - cached` is the time that the hand-over adds to the first token; per 1000 tokens it is the
+slope over lengths. `stream` asks both instances at once, so that layers leave while the prompt is
+computed; its `decode` is the whole time. `nixl` is vLLM's NixlConnector with the same requests, if
+its package is installed. MB/s are bytes over the pull's own time in the decode instance's worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_plugins.bench.machine import describe_machine
+from vllm_plugins.bench.server import Server, serve
+
+# Of the servers: one core each, so that the two instances do not take each other's.
+for _name, _value in {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+KEY = "vllm_plugins_pd"
+LENGTHS = (250, 1000, 2000, 4000)
+START_S = 300.0
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way from the prefill to the decode instance.
+
+    Attributes:
+        prefill: Arguments of the prefill instance.
+        decode: Arguments of the decode instance.
+        streams: Whether both instances are asked at once.
+    """
+
+    prefill: tuple[str, ...]
+    decode: tuple[str, ...]
+    streams: bool = False
+
+    @classmethod
+    def named(cls, name: str) -> Way:
+        """Return the way of a name."""
+        if name == "nixl":
+            config = {"kv_connector": "NixlConnector", "kv_role": "kv_both",
+                      "kv_buffer_device": "cpu"}  # fmt: skip
+            words = ("--kv-transfer-config", json.dumps(config))
+            return cls(words, words)
+        transport = "shm" if name == "stream" else name
+        options = f"transport={transport},min_pull_tokens=1"
+        more = ",stream_layers=true" if name == "stream" else ""
+        return cls(
+            ("--plugin", f"pd:role=prefill,{options}{more}"),
+            ("--plugin", f"pd:role=decode,{options}"),
+            name == "stream",
+        )
+
+
+class Pair:
+    """A prefill and a decode instance."""
+
+    def __init__(self, prefill: Server, decode: Server, way: Way) -> None:
+        self.prefill, self.decode, self.way = prefill, decode, way
+        self.peers: Any = None
+
+    def ask(self, server: Server, prompt: list[int], params: Any = None) -> tuple[float, Any]:
+        """Ask for one token; return the seconds that it took, and the answer."""
+        body = {"model": server.model, "prompt": prompt, "max_tokens": 1, "temperature": 0,
+                "ignore_eos": True, "kv_transfer_params": params}  # fmt: skip
+        request = urllib.request.Request(
+            f"{server.url}/v1/completions", json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )  # fmt: skip
+        start = time.perf_counter()
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            found = json.load(answer)
+        return time.perf_counter() - start, found
+
+    def hand_over(self, prompt: list[int]) -> dict[str, float]:
+        """Prefill here, decode there; return seconds, and text for the check."""
+        wanted: dict[str, Any] = {"do_remote_decode": True, "do_remote_prefill": False}
+        if self.way.streams and self.peers:
+            return self._stream(prompt, wanted)
+        prefill_s, answer = self.ask(self.prefill, prompt, wanted)
+        params = answer["kv_transfer_params"]
+        self.peers = params.get(KEY, {}).get("peers")
+        before = self.pulled()
+        decode_s, answer = self.ask(self.decode, prompt, params)
+        pulled, seconds = (a - b for a, b in zip(self.pulled(), before, strict=True))
+        speed = pulled / seconds / 1e6 if seconds else 0.0
+        return {"prefill": prefill_s, "decode": decode_s, "MB/s": speed, "MB": pulled / 1e6}
+
+    def _stream(self, prompt: list[int], wanted: dict[str, Any]) -> dict[str, float]:
+        name = uuid.uuid4().hex
+        wanted[KEY] = {"transfer_id": name, "stream": True}
+        reference = {"version": 1, "transfer_id": name, "peers": self.peers}
+        with ThreadPoolExecutor(1) as pool:
+            prefilled = pool.submit(self.ask, self.prefill, prompt, wanted)
+            params = {"do_remote_prefill": True, KEY: reference}
+            decode_s, _ = self.ask(self.decode, prompt, params)
+            prefilled.result()
+        return {"prefill": 0.0, "decode": decode_s}
+
+    def pulled(self) -> tuple[float, float]:
+        """Return the bytes pulled so far and the seconds that it took."""
+        found = {"bytes": 0.0, "seconds": 0.0}
+        with urllib.request.urlopen(f"{self.decode.url}/metrics", timeout=30) as answer:
+            for line in answer.read().decode().splitlines():
+                if line.startswith("vllm_plugins:pd_received_bytes_total"):
+                    found["bytes"] += float(line.rsplit(" ", 1)[1])
+                elif line.startswith("vllm_plugins:pd_pull_seconds_sum"):
+                    found["seconds"] += float(line.rsplit(" ", 1)[1])
+        return found["bytes"], found["seconds"]
+
+    def sample(self, length: int, draw: random.Random) -> dict[str, float]:
+        """Measure one round of one length."""
+        alone, handed = ([draw.randrange(5, 400) for _ in range(length)] for _ in range(2))
+        colocated, _ = self.ask(self.decode, alone)
+        times = self.hand_over(handed)
+        cached, _ = self.ask(self.decode, handed)
+        return {"colocated": colocated, **times, "cached": cached}
+
+
+@contextmanager
+def pair(model: Path, name: str, arguments: Sequence[str]) -> Iterator[Pair]:
+    """Run a prefill and a decode instance."""
+    way = Way.named(name)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        sides = [
+            stack.enter_context(
+                serve(str(model), [*arguments, *words], side, Path(folder) / side, START_S)
+            )
+            for side, words in (("prefill", way.prefill), ("decode", way.decode))
+        ]
+        yield Pair(sides[0], sides[1], way)
+
+
+def main() -> int:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--ways", nargs="+", default=["shm", "tcp", "stream", "nixl"])
+    parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    arguments = ["--max-model-len", str(max(args.lengths) + 64), "--enforce-eager",
+                 "--max-num-batched-tokens", "1024", "--dtype", "bfloat16"]  # fmt: skip
+    draw = random.Random(args.seed)
+    results: dict[str, Any] = {}
+    for name in args.ways:
+        if name == "nixl" and importlib.util.find_spec("nixl") is None:
+            results[name] = "the nixl package is not installed"
+            continue
+        with pair(args.model, name, arguments) as instances:
+            for length in args.lengths:
+                instances.sample(length, draw)
+            order = [length for length in args.lengths for _ in range(args.rounds)]
+            draw.shuffle(order)
+            samples = [(length, instances.sample(length, draw)) for length in order]
+        results[name] = summary(samples)
+        show(name, results[name])
+    if args.out is not None:
+        command = shlex.join(["python", *sys.argv])
+        result = {"command": command, "machine": describe_machine(), "results": results}
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def summary(samples: Sequence[tuple[int, dict[str, float]]]) -> dict[str, Any]:
+    """Return median and spread of every value by length, and what 1000 tokens add."""
+    found: dict[str, Any] = {}
+    for length in sorted({length for length, _ in samples}):
+        rows = [row for at, row in samples if at == length]
+        for row in rows:
+            row["added"] = row["decode"] - row["cached"]
+            row["over one engine"] = row["prefill"] + row["decode"] - row["colocated"]
+        found[str(length)] = {key: spread([row[key] for row in rows]) for key in rows[0]}
+    points = [(length / 1000, row["added"]) for length, row in samples]
+    found["added per 1000 tokens, s"] = statistics.linear_regression(*zip(*points, strict=True))[0]
+    return found
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return least, median and most."""
+    return {"least": min(values), "median": statistics.median(values), "most": max(values)}
+
+
+def show(name: str, found: dict[str, Any]) -> None:
+    """Print one way's results."""
+    for length, values in found.items():
+        if isinstance(values, dict):
+            cells = ", ".join(f"{key} {value['median']:.3f}" for key, value in values.items())
+            print(f"{name} {length}: {cells}", flush=True)
+        else:
+            print(f"{name}: {length} {values:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
