@@ -56,16 +56,16 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        self._options = _options(vllm_config)
+        self._options = options_of(vllm_config)
         if role == KVConnectorRole.WORKER:
             self._worker = Worker(self._options, vllm_config, kv_cache_config)
         else:
-            self._metrics = _writer(vllm_config, self._options)
+            self._metrics = writer(vllm_config, self._options)
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
-        """Heads outside of slots, so that a few heads of a block lie together."""
-        return "HND"
+        """Heads outside of slots, so that a few heads of a block lie together; MLA has none."""
+        return None if vllm_config.model_config.use_mla else "LBHNC"
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
@@ -254,7 +254,12 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             self._decode.close()
 
 
-def _options(config: VllmConfig) -> PdOptions:
+def options_of(config: VllmConfig) -> PdOptions:
+    """Return the plug-in's options in an engine.
+
+    Raises:
+        PluginError: The plug-in is off.
+    """
     for item in enabled_plugins(config):
         if item.plugin.name == "pd":
             return cast("PdOptions", item.options)
@@ -263,13 +268,14 @@ def _options(config: VllmConfig) -> PdOptions:
     )
 
 
-def _writer(config: VllmConfig, options: PdOptions) -> Metrics:
-    writer = Metrics([ACTIVE, *metrics.ALL], engine_labels(config))
-    writer.set(ACTIVE.name, 1, "pd")
-    for spec, labels in metrics.LABELS.items():
+def writer(config: VllmConfig, options: PdOptions) -> Metrics:
+    """Make an engine's metrics, and say in the log that the plug-in is on."""
+    made = Metrics([ACTIVE, *metrics.ALL], engine_labels(config))
+    made.set(ACTIVE.name, 1, "pd")
+    for name, labels in metrics.LABELS.items():
         for label in labels:
-            writer.inc(spec, 0, label)
+            made.inc(name, 0, label)
     if config.scheduler_config.scheduler_cls != SCHEDULER_HOST:
         # The scheduler host, where there is one, says this of all plug-ins.
         logger.info("vllm-plugins: pd is on (KV connector): %s", options.model_dump(mode="json"))
-    return writer
+    return made

@@ -80,9 +80,9 @@ class Shard:
         Raises:
             ValueError: It is malformed.
         """
-        layers, heads = value.get("layers"), value.get("heads")
-        sizes, block_size = value.get("bytes_per_head"), value.get("block_size")
-        identity = value.get("identity")
+        fields = ("layers", "heads", "bytes_per_head", "block_size", "identity")
+        given: list[Any] = [value.get(name) for name in fields]
+        layers, heads, sizes, block_size, identity = given
         if not (
             _is_list(layers, str, 1, MAX_LAYERS)
             and _is_list(heads, int, 2, 2)

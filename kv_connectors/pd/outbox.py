@@ -152,7 +152,7 @@ class Outbox:
                 if entry is not None:
                     entry.ended = True
                     self._changed.notify_all()
-                    self._changed.wait_for(lambda entry=entry: not entry.copying)
+                    self._await_copies(entry)
                     del self._entries[transfer_id]
                 self._remember(transfer_id)
             self._changed.notify_all()
@@ -227,6 +227,9 @@ class Outbox:
         if entry.digest != digest:
             raise GoneError("the transfer is another prompt's")
         return entry
+
+    def _await_copies(self, entry: Outgoing) -> None:
+        self._changed.wait_for(lambda: not entry.copying)
 
     def _free_if_ended(self, transfer_id: str, entry: Outgoing) -> None:
         if entry.ended and not entry.reading and self._entries.get(transfer_id) is entry:

@@ -17,7 +17,7 @@ from vllm_plugins.errors import PluginError
 from vllm_plugins.kv_connectors.pd.geometry import Heads, Shard
 
 if TYPE_CHECKING:
-    from collections.abc import Buffer
+    from _typeshed import ReadableBuffer, WriteableBuffer
 
 
 class Pages:
@@ -57,7 +57,7 @@ class Pages:
         return self._bytes_per_head(layer) * (len(heads) if self._has_heads(layer) else 1)
 
     @torch.inference_mode()
-    def gather(self, layer: str, blocks: Sequence[int], heads: Heads, out: Buffer) -> None:
+    def gather(self, layer: str, blocks: Sequence[int], heads: Heads, out: WriteableBuffer) -> None:
         """Copy blocks out, in the order given.
 
         Args:
@@ -77,7 +77,9 @@ class Pages:
         self._stream.synchronize()
 
     @torch.inference_mode()
-    def scatter(self, layer: str, blocks: Sequence[int], heads: Heads, data: Buffer) -> None:
+    def scatter(
+        self, layer: str, blocks: Sequence[int], heads: Heads, data: ReadableBuffer
+    ) -> None:
         """Copy blocks in; the counterpart of `gather`."""
         view = self._view(layer, heads)
         rows = self._rows(layer, blocks)
@@ -133,5 +135,5 @@ def _checked(name: str, cache: object, num_blocks: int, heads: Heads) -> torch.T
     return cache.view(torch.uint8) if cache.element_size() == 1 else cache
 
 
-def _as_tensor(buffer: Buffer, dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(buffer, np.uint8)).view(dtype)
+def _as_tensor(buffer: ReadableBuffer, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(memoryview(buffer), np.uint8)).view(dtype)

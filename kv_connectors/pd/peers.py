@@ -1,4 +1,4 @@
-"""Connections to prefill workers, kept open between uses, and the words that end or renew leases."""
+"""Connections to prefill workers kept open between uses, and the words that end or renew leases."""
 
 from __future__ import annotations
 

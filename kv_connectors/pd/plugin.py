@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 
 ROLES = {"prefill": "kv_producer", "decode": "kv_consumer", "both": "kv_both"}
 HEARTBEATS_PER_LEASE = 6
+NIXL_OPTIONS = frozenset(
+    {"role", "transport", "waiting_block_prop_threshold", "saturating_tokens", "on_failure"}
+)
+# Class and module.
+CONNECTOR = ("PdConnector", "connector")
 WILDCARDS = frozenset({"0.0.0.0", "::", ""})
 
 
@@ -32,10 +38,11 @@ class PdOptions(Options):
         description="What this instance does: prefill computes prompts and keeps their KV for "
         "others to pull, decode pulls it and generates, both does either as each request says."
     )
-    transport: Literal["auto", "shm", "tcp"] = Field(
+    transport: Literal["auto", "shm", "tcp", "nixl"] = Field(
         "auto",
         description="How KV moves: auto goes through shared memory on one host and TCP between "
-        "hosts; shm and tcp allow only the one.",
+        "hosts; shm and tcp allow only the one; nixl is vLLM's NixlConnector, by RDMA, of which "
+        "only waiting_block_prop_threshold, saturating_tokens and on_failure are options here.",
     )
     waiting_block_prop_threshold: float = Field(
         0.05,
@@ -130,6 +137,11 @@ class PdOptions(Options):
             )
         if self.allow_remote and self.transport == "shm":
             raise ValueError("transport=shm does not reach other hosts, and allow_remote=true")
+        if self.transport == "nixl":
+            for name in type(self).model_fields.keys() - NIXL_OPTIONS:
+                # Options travel with all their values: a default spelt out is no contradiction.
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} has no meaning with transport=nixl")
         return self
 
     @property
@@ -190,9 +202,14 @@ class PdPlugin(SchedulerPlugin):
         """Choose the connector and, where it forms batches, the scheduler host."""
         if options.saturating_tokens is not None:
             super().configure(options, arguments)
+        name, module = ("PdNixlConnector", "nixl") if options.transport == "nixl" else CONNECTOR
+        if options.transport == "nixl" and find_spec("nixl") is None:
+            raise PluginError(
+                "--plugin pd: transport=nixl", "the package nixl is missing", "pip install nixl"
+            )
         wanted: dict[str, Any] = {
-            "kv_connector": "PdConnector",
-            "kv_connector_module_path": "vllm_plugins.kv_connectors.pd.connector",
+            "kv_connector": name,
+            "kv_connector_module_path": f"vllm_plugins.kv_connectors.pd.{module}",
             "kv_role": ROLES[options.role],
             "kv_load_failure_policy": options.on_failure,
             "kv_connector_extra_config": {"stream_layers": options.stream_layers},

@@ -76,7 +76,7 @@ class PrefillWorker:
             self.outbox.computed(self._ready, layer)
 
     def take_counts(self) -> tuple[int, int]:
-        """Return the bytes sent since the last call, and how many of them before their prompt's end."""
+        """Return the bytes sent since the last call, and how many before their prompt's end."""
         with self._counts:
             counts = self._sent, self._early
             self._sent = self._early = 0

@@ -3,6 +3,7 @@
 import os
 import random
 import time
+from dataclasses import replace
 
 import pytest
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -274,3 +275,52 @@ def test_soak_with_aborts_at_every_state(tmp_path, tokens):
         for request in wanted:
             if request.request_id not in aborted:
                 assert handover.decode.records[request.request_id].tokens == tokens(request)
+
+
+class NixlSide(VirtualEngine):
+    """A decode instance whose blocks NixlConnector fills, after a time that a stub takes."""
+
+    def __init__(self, folder, threshold: float, pull_s: float) -> None:
+        options = f"transport=nixl,waiting_block_prop_threshold={threshold}"
+        config = make_config(
+            write_model_config(folder), f"pd:role=decode,{options}", block_size=BLOCK,
+            max_model_len=1024, max_num_batched_tokens=256, max_num_seqs=16,
+        )  # fmt: skip
+        super().__init__(config, Scheduler, step_seconds, BLOCKS)
+        self.pull_s = pull_s
+        self.loading: dict[str, float] = {}
+        self.accepted: list[str] = []
+
+    def _sample(self, output):
+        result = super()._sample(output)
+        for name in output.kv_connector_metadata.reqs_to_recv:
+            self.accepted.append(name)
+            self.loading[name] = self.now + self.pull_s
+        done = {name for name, at in self.loading.items() if at <= self.now}
+        self.loading = {name: at for name, at in self.loading.items() if name not in done}
+        result.kv_connector_output = KVConnectorOutput(finished_recving=done or None)
+        return result
+
+
+def test_nixl_pulls_by_the_same_rule(tmp_path, tokens, monkeypatch):
+    # The scheduler's side of NixlConnector runs without the package that moves the bytes.
+    monkeypatch.setattr("vllm_plugins.kv_connectors.pd.plugin.find_spec", lambda name: name)
+    side = NixlSide(tmp_path, threshold=0.1, pull_s=0.05)
+    free, most, wanted = side.free_blocks, 0, requests(40, seed=4)
+    remote = {"do_remote_prefill": True, "remote_engine_id": "p", "remote_request_id": "r",
+              "remote_host": "127.0.0.1", "remote_port": 9, "tp_size": 1}  # fmt: skip
+    for request in wanted:
+        blocks = [list(range(1, 2 + len(request.prompt) // BLOCK))]
+        params = remote | {"remote_block_ids": blocks}
+        side.add([replace(request, extra_args={"kv_transfer_params": params})])
+    while side._events or side._busy():
+        side._deliver()
+        if side._busy():
+            side.step()
+        side.now += POLL_S
+        most = max(most, side.scheduler.connector.admission.accepted_blocks)
+    assert side.accepted == [request.request_id for request in wanted]
+    assert 0 < most <= 0.1 * BLOCKS + 400 // BLOCK
+    assert (side.free_blocks, side.scheduler.connector.admission.accepted_blocks) == (free, 0)
+    for request in wanted:
+        assert side.records[request.request_id].tokens == tokens(request)
