@@ -35,14 +35,12 @@ class Hold:
         request_id: Name under which vLLM keeps them.
         digest: Of the prompt.
         blocks: Block ids by KV cache group.
-        total: Positions of the prompt, by group.
     """
 
     transfer_id: str
     request_id: str
     digest: str
     blocks: tuple[list[int], ...]
-    total: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -73,14 +71,12 @@ class Chunk:
         digest: Of the whole prompt.
         blocks: Its block ids so far, by KV cache group.
         ready: Positions that are complete once this step has computed a layer, by group.
-        total: Positions of the whole prompt, by group.
     """
 
     transfer_id: str
     digest: str
     blocks: tuple[list[int], ...]
     ready: tuple[int, ...]
-    total: tuple[int, ...]
 
 
 @dataclass

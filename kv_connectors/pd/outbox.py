@@ -38,7 +38,6 @@ class Outgoing:
     Attributes:
         digest: `reference.prompt_digest` of its tokens.
         blocks: Block ids by KV cache group, in order of position; 0 is vLLM's null block.
-        total: Positions of the whole prompt, by group.
         ready: Positions that are computed, by layer; None once all are.
         request_id: Name by which vLLM keeps the blocks; None while it computes them.
         deadline: When the lease ends, on the monotonic clock.
@@ -51,7 +50,6 @@ class Outgoing:
 
     digest: str
     blocks: Blocks
-    total: Sequence[int]
     ready: dict[str, int] | None
     request_id: str | None
     deadline: float
@@ -90,7 +88,7 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def announce(self, transfer_id: str, digest: str, blocks: Blocks, total: Sequence[int]) -> None:
+    def announce(self, transfer_id: str, digest: str, blocks: Blocks) -> None:
         """Let a prompt be read while it is computed; further calls bring its further blocks.
 
         Of two prompts under one name the second is not to be had.
@@ -101,7 +99,7 @@ class Outbox:
                 if entry.request_id is None and entry.digest == digest:
                     entry.blocks = blocks
             elif transfer_id not in self._gone:
-                self._entries[transfer_id] = Outgoing(digest, blocks, total, {}, None, 0.0)
+                self._entries[transfer_id] = Outgoing(digest, blocks, {}, None, 0.0)
             self._changed.notify_all()
 
     def computed(self, ready: Mapping[str, Sequence[int]], layer: str) -> None:
@@ -118,9 +116,7 @@ class Outbox:
                     entry.ready[layer] = positions[self._groups[layer]]
             self._changed.notify_all()
 
-    def hold(
-        self, transfer_id: str, request_id: str, digest: str, blocks: Blocks, total: Sequence[int]
-    ) -> None:
+    def hold(self, transfer_id: str, request_id: str, digest: str, blocks: Blocks) -> None:
         """Start the lease of a prompt that is computed; one released before ends at once."""
         with self._changed:
             entry = self._entries.get(transfer_id)
@@ -129,7 +125,7 @@ class Outbox:
                 if released:
                     self._freed.append(request_id)
                     return
-                entry = Outgoing(digest, blocks, total, None, None, 0.0)
+                entry = Outgoing(digest, blocks, None, None, 0.0)
                 self._entries[transfer_id] = entry
             elif entry.request_id is not None or entry.digest != digest:
                 # Two requests under one name, of which the first stays.

@@ -58,7 +58,8 @@ class PrefillScheduler:
         self._transfers: dict[str, str] = {}
         self._streams: dict[str, tuple[Request, str]] = {}
         self._started: dict[str, int] = {}
-        self._held: dict[str, int] = {}
+        self._held: dict[str, tuple[str, int]] = {}
+        self._names: set[str] = set()
         self._started_blocks = self._held_blocks = 0
         self._holds: list[Hold] = []
         self._cancelled: list[str] = []
@@ -76,8 +77,8 @@ class PrefillScheduler:
         """Note a request that is to be handed over.
 
         Raises:
-            BadReferenceError: Its parameters are malformed; it is then answered without a
-                reference.
+            BadReferenceError: Its parameters are malformed, or name a transfer of another request;
+                it is then answered without a reference.
         """
         params = request.kv_transfer_params
         if not params or not params.get("do_remote_decode"):
@@ -86,6 +87,9 @@ class PrefillScheduler:
         if not isinstance(body, dict):
             raise BadReferenceError(f"'{KEY}' is no JSON object")
         name = transfer_id(body) if "transfer_id" in body else uuid.uuid4().hex
+        if name in self._names:
+            raise BadReferenceError(f"transfer_id {name} is another request's")
+        self._names.add(name)
         self._transfers[request.request_id] = name
         if self._stream_layers and body.get("stream") is True:
             self._streams[request.request_id] = (request, digest_of(request))
@@ -140,18 +144,22 @@ class PrefillScheduler:
         tokens = request.num_prompt_tokens
         if request.status not in PREFILLED or request.num_computed_tokens < tokens:
             self._cancelled.append(name)
+            self._names.discard(name)
             return False, None
         digest = stream[1] if stream else digest_of(request)
         total = self._positions(tokens)
         kept = tuple(ids[:count] for ids, count in zip(blocks, total, strict=True))
-        self._holds.append(Hold(name, request.request_id, digest, kept, total))
-        self._held[request.request_id] = sum(map(len, kept))
-        self._held_blocks += self._held[request.request_id]
+        self._holds.append(Hold(name, request.request_id, digest, kept))
+        self._held[request.request_id] = (name, sum(map(len, kept)))
+        self._held_blocks += sum(map(len, kept))
         return True, Reference(name, tokens, digest, self._peers).to_params()
 
     def freed(self, request_id: str) -> None:
         """Note that vLLM frees a request's blocks."""
-        self._held_blocks -= self._held.pop(request_id, 0)
+        if request_id in self._held:
+            name, blocks = self._held.pop(request_id)
+            self._names.discard(name)
+            self._held_blocks -= blocks
 
     @property
     def has_orders(self) -> bool:
@@ -175,7 +183,7 @@ class PrefillScheduler:
             math.ceil(end / size) if end == tokens else end // size for size in self._block_sizes
         )
         name = self._transfers[request.request_id]
-        return Chunk(name, digest, blocks, ready, self._positions(tokens))
+        return Chunk(name, digest, blocks, ready)
 
 
 def digest_of(request: Request) -> str:

@@ -62,11 +62,9 @@ class PrefillWorker:
         """Take a step's orders, before its forward writes any block."""
         self.outbox.cancel(orders.cancelled)
         for hold in orders.holds:
-            self.outbox.hold(
-                hold.transfer_id, hold.request_id, hold.digest, hold.blocks, hold.total
-            )
+            self.outbox.hold(hold.transfer_id, hold.request_id, hold.digest, hold.blocks)
         for chunk in orders.chunks:
-            self.outbox.announce(chunk.transfer_id, chunk.digest, chunk.blocks, chunk.total)
+            self.outbox.announce(chunk.transfer_id, chunk.digest, chunk.blocks)
         self._ready = {chunk.transfer_id: chunk.ready for chunk in orders.chunks}
 
     def layer_computed(self, layer: str) -> None:

@@ -108,9 +108,7 @@ class Handover:
         if side is self.prefill:
             self.outbox.cancel(orders.cancelled)
             for hold in orders.holds:
-                self.outbox.hold(
-                    hold.transfer_id, hold.request_id, hold.digest, hold.blocks, hold.total
-                )
+                self.outbox.hold(hold.transfer_id, hold.request_id, hold.digest, hold.blocks)
             output.finished_sending = self.outbox.take_freed() or None
         else:
             for load in orders.loads:
@@ -324,3 +322,18 @@ def test_nixl_pulls_by_the_same_rule(tmp_path, tokens, monkeypatch):
     assert (side.free_blocks, side.scheduler.connector.admission.accepted_blocks) == (free, 0)
     for request in wanted:
         assert side.records[request.request_id].tokens == tokens(request)
+
+
+def test_a_transfers_name_is_one_requests(tmp_path):
+    """The router chooses it; a second one of the same name is answered without a reference."""
+    handover = Handover(tmp_path, pull_s=0.0, threshold=1.0)
+    params = {"do_remote_decode": True, KEY: {"transfer_id": "mine"}}
+    first, second = requests(2, seed=5, rate=1e6)
+    for request in (first, second):
+        handover.requests[request.request_id] = request
+        asked = replace(request, output_tokens=1, extra_args={"kv_transfer_params": params})
+        handover.prefill.add([asked])
+    handover.run()
+    handover.check_empty()
+    assert handover.arrived == [first.request_id]
+    assert handover.prefill.records[second.request_id].tokens
