@@ -123,7 +123,13 @@ class PeerConnections:
             # Also those to peers of which nobody will ask any more.
             self._close_idle(IDLE_S)
             idle = self._idle.get(peer)
-            return idle.pop()[1] if idle else None
+            while idle:
+                connection = idle.pop()[1]
+                if connection.is_quiet:
+                    return connection
+                # The peer, or the network between, has ended it meanwhile.
+                connection.close()
+            return None
 
     def _close_idle(self, least_s: float) -> None:
         """Close the connections that were idle for so long."""

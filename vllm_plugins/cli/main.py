@@ -25,6 +25,7 @@ COMMANDS = {
     "allocate": "Choose how many workers encode, prefill and decode, from profiled stage times "
     "and a trace.",
     "route": "Serve one OpenAI endpoint in front of prefill, decode and encode instances.",
+    "deploy": "Run prefill, decode and encode instances and their router on a Ray cluster.",
     "kvshare": "Show, fill and empty what a server with --plugin kvshare stores.",
 }
 """Subcommands with the one-line help that ``--help`` shows without importing them."""

@@ -26,7 +26,7 @@ REMOTE_DECODE: Mapping[str, Any] = {
     "remote_host": None,
     "remote_port": None,
 }
-# vLLM's own default for completions, which chat does not have.
+# vLLM's own default for completions, which chat does not have; null means the same there.
 DEFAULT_COMPLETION_TOKENS = 16
 # Good enough to compare queues: English text in today's vocabularies.
 BYTES_PER_TOKEN = 4
@@ -66,7 +66,7 @@ class Call:
 
     @property
     def max_tokens(self) -> int | None:
-        """Most tokens that the client wants; None for as many as the model has room for."""
+        """Most tokens that the client wants; None where the server decides."""
         return max_tokens(self.path, self.body)
 
 
@@ -88,11 +88,11 @@ def parse_body(raw: bytes) -> dict[str, Any]:
 
 
 def max_tokens(path: str, body: Mapping[str, Any]) -> int | None:
-    """Return the most tokens that a body asks for; None for as many as there is room for."""
+    """Return the most tokens that a body asks for; None where the server decides."""
     for name in ("max_completion_tokens", "max_tokens") if path == CHAT else ("max_tokens",):
         if isinstance(body.get(name), int):
             return int(body[name])
-    return DEFAULT_COMPLETION_TOKENS if path != CHAT and "max_tokens" not in body else None
+    return None if path == CHAT else DEFAULT_COMPLETION_TOKENS
 
 
 def prompt_tokens(body: Mapping[str, Any]) -> int:

@@ -54,12 +54,11 @@ class Sent:
         Args:
             transfer: ``kv_transfer_params`` of who holds the prompt's KV.
         """
-        body = continued_fields(self.call)
-        limit = self.call.max_tokens
+        body, limit = continued_fields(self.call), self.call.max_tokens
+        assert limit is not None, "a stream without a limit is not continued"
         body.update(
             prompt=[*self.prompt_ids, *self.token_ids],
-            # None, and not the default, is as many as there is room for.
-            max_tokens=None if limit is None else limit - len(self.token_ids),
+            max_tokens=limit - len(self.token_ids),
             stream=True,
             return_token_ids=True,
         )

@@ -138,7 +138,7 @@ class Exchange:
     async def _attempt(self) -> web.StreamResponse:
         """Ask a decode instance, after a prefill unless one still holds the prompt."""
         if not self._encoded:
-            await self._encode()
+            await self._encode(self._services.settings.overlap)
         if not self._alone and not self._client.begun:
             await self._prefill()
         if self._sent is not None and self._sent.finished:
@@ -148,39 +148,88 @@ class Exchange:
         with self._services.desk.held(ticket):
             return await self._decode(ticket)
 
-    async def _encode(self) -> None:
-        """Have the media encoded; the text before the first one is prefilled meanwhile."""
+    async def _encode(self, overlap: bool) -> None:
+        """Have the media encoded; with overlap, prefill begins meanwhile where that can be."""
         encoding = Encoding(self._services, self._asked, self._media, self._headers)
-        with self._elsewhere():
-            warming = await self._warm(encoding)
-            try:
-                self._call = replace(self._asked, body=await encoding.run())
-                # What is not in the prefix cache yet would be computed twice.
-                await warming
-            except InstanceError as failure:
-                raise self._refusal(failure) from None
-            finally:
-                warming.cancel()
+        try:
+            with self._elsewhere():
+                await encoding.place()
+            awaiting = encoding.awaiting_body() if overlap and not self._alone else None
+            if awaiting is not None:
+                await self._encode_and_prefill(encoding, awaiting)
+            else:
+                await self._encode_first(encoding, overlap)
+        except InstanceError as failure:
+            raise self._refusal(failure) from None
+        finally:
+            encoding.close()
         self._encoded = True
 
-    async def _warm(self, encoding: Encoding) -> asyncio.Future[None]:
-        """Begin to prefill the text before the first medium where that pays, and it is known."""
+    async def _encode_first(self, encoding: Encoding, overlap: bool) -> None:
+        """Wait for the media; the text before the first one may be computed meanwhile."""
+        warming = await self._warm(encoding) if overlap else None
+        try:
+            with self._elsewhere():
+                self._call = replace(self._asked, body=await encoding.run())
+                if warming is not None:
+                    # What is not in the prefix cache yet would be computed twice.
+                    await warming
+        finally:
+            if warming is not None:
+                warming.cancel()
+
+    async def _warm(self, encoding: Encoding) -> asyncio.Task[None] | None:
+        """Begin to prefill the text before the first medium where that pays."""
         beginning = None
-        if self._services.settings.overlap and (self._services.colocated or not self._alone):
+        if self._services.colocated or not self._alone:
             beginning = warming_body(self._asked, self._media[0])
         if beginning is None:
-            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            done.set_result(None)
-            return done
+            return None
         self._reserved = await self._place_prefill(set())
         return asyncio.create_task(encoding.warm(self._reserved.instance, beginning))
+
+    async def _encode_and_prefill(self, encoding: Encoding, body: Mapping[str, Any]) -> None:
+        """Ask a prefill instance at once; it waits for each image where the prompt has it.
+
+        If an encode instance fails, the prefill instance would wait in vain: it is asked again when
+        everything is encoded.
+        """
+        ticket = await self._place_prefill(set())
+        with self._services.desk.held(ticket), self._elsewhere():
+            encode = asyncio.create_task(encoding.run())
+            prefill = asyncio.create_task(self._ask_one(ticket, replace(self._asked, body=body)))
+            try:
+                await asyncio.wait((encode, prefill), return_when=asyncio.FIRST_COMPLETED)
+                if encode.done() and not encode.exception() and encoding.undisturbed:
+                    await asyncio.wait((prefill,))
+                answer = self._answer_of(prefill)
+                if answer is not None:
+                    await self._hold(answer)
+                self._call = replace(self._asked, body=await encode)
+            finally:
+                encode.cancel()
+                prefill.cancel()
+
+    def _answer_of(self, prefill: asyncio.Task[dict[str, Any]]) -> dict[str, Any] | None:
+        """Return a prefill instance's answer; None where it is not there and will not be."""
+        if not prefill.done():
+            return None
+        failure = prefill.exception()
+        if not isinstance(failure, InstanceError):
+            return prefill.result()
+        self._note(failure)
+        self._services.metrics.retried(Role.PREFILL)
+        return None
 
     async def _prefill(self) -> None:
         held = self._held
         if held is not None and held.until > self._now():
             return
         self._release()
-        answer = await self._ask_prefill()
+        await self._hold(await self._ask_prefill())
+
+    async def _hold(self, answer: Mapping[str, Any]) -> None:
+        """Note what a prefill instance holds, and send its token if that is wanted."""
         transfer = answer.get("kv_transfer_params")
         if not isinstance(transfer, dict):
             transfer = None
@@ -200,12 +249,9 @@ class Exchange:
             ticket, self._reserved = self._reserved, None
             if ticket is None:
                 ticket = await self._place_prefill(tried)
-            body = prefill_body(self._call, self._early)
             try:
                 with self._services.desk.held(ticket), self._elsewhere():
-                    return await self._services.upstream.post_json(
-                        ticket.instance, self._call.path, body, self._headers
-                    )
+                    return await self._ask_one(ticket, self._call)
             except InstanceError as failure:
                 failures += 1
                 tried.add(failure.instance.id)
@@ -214,7 +260,13 @@ class Exchange:
                     raise self._refusal(failure) from None
                 self._services.metrics.retried(Role.PREFILL)
                 if self._media and failure.suspects_transfer:
-                    await self._encode()
+                    await self._encode(overlap=False)
+
+    async def _ask_one(self, ticket: Ticket, call: Call) -> dict[str, Any]:
+        body = prefill_body(call, self._early)
+        return await self._services.upstream.post_json(
+            ticket.instance, call.path, body, self._headers
+        )
 
     async def _place_prefill(self, tried: set[str]) -> Ticket:
         work = Work(prompt_tokens=prompt_tokens(self._asked.body))

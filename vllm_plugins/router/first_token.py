@@ -24,6 +24,7 @@ REASONS: Mapping[str, str] = {
     "stop": "stop strings or bad_words, which may begin in t1",
     "min_tokens": "min_tokens above 1 would not count t1",
     "echo": "echo would repeat t1 as part of the prompt",
+    "no_limit": "chat without max_tokens: the server's own limit is not known",
     "seed": "a seed with temperature above 0: the second instance's random state begins anew",
     "media": "images and other media: a prompt of token ids cannot carry them",
     "other_field": "a field whose meaning for a continued prompt is not known",
@@ -102,6 +103,8 @@ def why_not_early(call: Call) -> str | None:
         return "n"
     if (body.get("min_tokens") or 0) > 1:
         return "min_tokens"
+    if call.max_tokens is None:
+        return "no_limit"
     if body.get("seed") is not None and body.get("temperature") != 0:
         return "seed"
     if has_media(body):

@@ -156,6 +156,16 @@ def encoded(media: Sequence[Medium], answer: Mapping[str, Any]) -> dict[str, Enc
     return found
 
 
+def door_of(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where an encode instance hands embeddings out, from its answer for any medium."""
+    return {name: own[name] for name in ("address", "generation") if name in own}
+
+
+def awaited(medium: Medium, door: Mapping[str, Any]) -> Encoded:
+    """Return what stands for a medium that is still being encoded."""
+    return Encoded(medium.name, {"vllm_plugins_epd": {"awaited": True, **door}})
+
+
 def referring_body(
     call: Call, media: Sequence[Medium], known: Mapping[str, Encoded]
 ) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from vllm_plugins.router.desk import Desk
 from vllm_plugins.router.held import Release, Releaser, pd_release
@@ -36,6 +37,7 @@ class Services:
         metrics: What the router counts.
         admin_key: Guards the routes that change the instances; None where only loopback does.
         observed: What instances said of themselves last, by id.
+        doors: Where encode instances hand embeddings out, by id, as their answers said.
         switch: The change of role in progress.
         model: Name and maximal length of the model that all instances serve; empty until known.
     """
@@ -49,6 +51,7 @@ class Services:
     metrics: RouterMetrics
     admin_key: bytes | None
     observed: dict[str, Observed] = field(default_factory=dict)
+    doors: dict[str, dict[str, Any]] = field(default_factory=dict)
     switch: RoleSwitch | None = None
     model: tuple[str, int] | None = None
     _names: dict[Role, int] = field(default_factory=lambda: dict.fromkeys(Role, 0))
@@ -91,6 +94,7 @@ class Services:
         instance = self.fleet.remove(instance_id)
         self.ledger.forget(instance)
         self.observed.pop(instance_id, None)
+        self.doors.pop(instance_id, None)
         return instance
 
     def capacity(self, kv_blocks: int = 0, block_size: int = 16) -> Capacity:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_plugins.errors import PluginError
 from vllm_plugins.router.observed import parse_metrics
@@ -12,7 +12,7 @@ from vllm_plugins.router.upstream import InstanceError
 from vllm_plugins.routing import Instance, Phase, Role, RoleMonitor, RoleSwitch, State
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable, Coroutine
 
     from vllm_plugins.router.services import Services
 
@@ -40,14 +40,15 @@ class Watch:
             settings.cooldown_s,
             settings.min_gain,
         )
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._being_scraped: set[str] = set()
 
     def start(self) -> None:
         """Begin."""
-        loops = [(TICK_S, self.probe), (self._services.settings.metrics_s, self.scrape)]
+        self._spawn(self._repeat(TICK_S, self.probe))
+        self._spawn(self._repeat(self._services.settings.metrics_s, self.scrape))
         if self._services.settings.roles == "soft":
-            loops.append((TICK_S, self.change_roles))
-        self._tasks = [asyncio.create_task(_repeat(every_s, act)) for every_s, act in loops]
+            self._spawn(self._repeat(TICK_S, self.change_roles))
 
     async def stop(self) -> None:
         """End."""
@@ -63,7 +64,8 @@ class Watch:
     async def scrape(self) -> None:
         """Read the metrics of all instances that are up."""
         up = [one for one in self._services.fleet if one.state is not State.DOWN]
-        await asyncio.gather(*(self._scrape(one) for one in up))
+        idle = [one for one in up if one.id not in self._being_scraped]
+        await asyncio.gather(*(self._scrape(one) for one in idle))
 
     async def change_roles(self) -> None:
         """Go on with a change of role, or begin one if it is time."""
@@ -85,6 +87,22 @@ class Watch:
             logger.warning("%s goes from %s to %s", move.instance.id, move.source, move.target)
         if services.switch.step(now) is not Phase.DRAINING:
             self._switched(services.switch)
+
+    async def _repeat(self, every_s: float, act: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        while True:
+            # Not awaited: an instance that does not answer must not keep the others unwatched.
+            self._spawn(act())
+            await asyncio.sleep(every_s)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("a round of the watch failed", exc_info=task.exception())
 
     def _switched(self, switch: RoleSwitch) -> None:
         self._services.switch = None
@@ -110,6 +128,7 @@ class Watch:
 
     async def _scrape(self, instance: Instance) -> None:
         services = self._services
+        self._being_scraped.add(instance.id)
         try:
             text = await services.upstream.get(instance, "/metrics", PROBE_TIMEOUT_S)
             seen = parse_metrics(text)
@@ -117,6 +136,8 @@ class Watch:
             # Only the estimate of foreign load gets old; whether it is well is the probes' matter.
             logger.debug("metrics of %s: %s", instance.id, error)
             return
+        finally:
+            self._being_scraped.discard(instance.id)
         if instance.id not in services.fleet:
             return
         services.observed[instance.id] = seen
@@ -124,16 +145,6 @@ class Watch:
             instance.capacity = services.capacity(seen.kv_blocks, seen.block_size)
         services.ledger.observe(instance, seen.running, seen.waiting, seen.kv_usage, _now())
         services.desk.admit(instance.active)
-
-
-async def _repeat(every_s: float, act: Callable[[], Awaitable[None]]) -> None:
-    while True:
-        try:
-            await act()
-        except Exception:
-            # A fault in one round must not end the watch for good.
-            logger.exception("a round of the watch failed")
-        await asyncio.sleep(every_s)
 
 
 def _now() -> float:

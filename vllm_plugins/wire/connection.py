@@ -84,6 +84,11 @@ class Connection:
         """Whether the connection is a Unix socket, over which descriptors can be sent."""
         return self._stream.local
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing has arrived: between two requests, that the peer is still there."""
+        return self._stream.is_quiet()
+
     def send(self, kind: int, header: Mapping[str, Any], *payload: Buffer) -> None:
         """Send a frame; the buffers of its payload are gathered without a copy.
 
@@ -155,12 +160,16 @@ class Connection:
         """Share an open file with the peer, which must be in `receive_descriptor`.
 
         Raises:
-            WireRefusedError: The connection is not local.
+            WireRefusedError: The connection is not local, or the peer has closed it and said why.
             WireError: It was not sent.
         """
         self._check_local()
         with self._guarded():
-            self._stream.send(DESCRIPTOR, {}, (), self._deadline(), descriptor)
+            try:
+                self._stream.send(DESCRIPTOR, {}, (), self._deadline(), descriptor)
+            except WireClosedError:
+                self._raise_last_words()
+                raise
 
     def receive_descriptor(self) -> int:
         """Receive an open file, which the caller closes.

@@ -164,6 +164,12 @@ class FrameStream:
         """
         self._wait(select.POLLIN, deadline)
 
+    def is_quiet(self) -> bool:
+        """Return whether nothing has arrived, the end of the connection included."""
+        ready = select.poll()
+        ready.register(self._socket, select.POLLIN)
+        return not ready.poll(0)
+
     def interrupt(self) -> None:
         """End the connection from any thread; whoever sends or receives gets an error at once."""
         with self._ending:
