@@ -44,12 +44,14 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return [draw(5, 500) for _ in range(length)]
 
 
-def post(url: str, body: dict[str, Any], path: str = "/v1/completions") -> dict[str, Any]:
+def post(
+    url: str, body: dict[str, Any], path: str = "/v1/completions", timeout: float = 120
+) -> dict[str, Any]:
     """Post JSON and return the answer."""
     request = urllib.request.Request(
         url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=120) as answer:
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
         return json.load(answer)
 
 

@@ -1,0 +1,207 @@
+"""Tiny random vision-language models: a LLaVA, and a Qwen2-VL for requests with metadata alone.
+
+Weights are random, so any wrong, missing or misplaced embedding changes the tokens.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from build_once import CACHE, build_once
+
+IMAGE_TOKEN = 3
+PATCHES = 16
+"""Embeddings of one LLaVA image: 56 pixels in patches of 14."""
+WIDTH = 128
+VOCAB = 64
+FORMAT = 1
+
+
+def tiny_llava(width: int = WIDTH, layers: int = 2, positions: int = 1024) -> Path:
+    """Return a tiny random LLaVA; word `t7` is token 7 and an image is token `IMAGE_TOKEN`.
+
+    Args:
+        width: Of the language model's hidden state.
+        layers: Of the language model.
+        positions: Longest prompt and answer, in tokens.
+    """
+    shape = {"width": width, "layers": layers, "positions": positions}
+    name = f"tiny-llava-{width}-{layers}-{positions}"
+    return build_once(
+        CACHE / name, {"format": FORMAT, **shape}, lambda folder: _build_llava(folder, **shape)
+    )
+
+
+def tiny_qwen2_vl() -> Path:
+    """Return a tiny random Qwen2-VL, whose consumers accept images as metadata alone."""
+    return build_once(CACHE / "tiny-qwen2-vl", {"format": FORMAT}, _build_qwen2_vl)
+
+
+def _build_llava(folder: Path, width: int, layers: int, positions: int) -> None:
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=56,
+        patch_size=14,
+        projection_dim=96,
+    )
+    text = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=positions,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )
+    config.architectures = ["LlavaForConditionalGeneration"]
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config)
+    _spread(model)
+    config.save_pretrained(folder)
+    # vLLM expects the tower under the name that transformers has since dropped.
+    _save(model, folder, ("vision_tower.", "vision_tower.vision_model."))
+    tokenizer = _tokenizer({"<image>": IMAGE_TOKEN})
+    tokenizer.save_pretrained(folder)
+    _save_llava_processor(tokenizer, folder)
+
+
+def _save_llava_processor(tokenizer: Any, folder: Path) -> None:
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    pixels = CLIPImageProcessor(
+        size={"height": 56, "width": 56},
+        crop_size={"height": 56, "width": 56},
+        do_center_crop=False,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    processor = LlavaProcessor(
+        image_processor=pixels,
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    processor.save_pretrained(folder)
+
+
+QWEN_IMAGE, QWEN_START, QWEN_END, QWEN_VIDEO = 3, 4, 5, 6
+
+
+def _build_qwen2_vl(folder: Path) -> None:
+    import torch
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": VOCAB,
+            "hidden_size": WIDTH,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        vision_config={"depth": 2, "embed_dim": 64, "hidden_size": WIDTH, "num_heads": 2},
+        image_token_id=QWEN_IMAGE,
+        vision_start_token_id=QWEN_START,
+        vision_end_token_id=QWEN_END,
+        video_token_id=QWEN_VIDEO,
+    )
+    config.architectures = ["Qwen2VLForConditionalGeneration"]
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(config)
+    _spread(model)
+    config.save_pretrained(folder)
+    _save(model, folder)
+    names = {
+        "<|image_pad|>": QWEN_IMAGE,
+        "<|vision_start|>": QWEN_START,
+        "<|vision_end|>": QWEN_END,
+        "<|video_pad|>": QWEN_VIDEO,
+    }
+    _tokenizer(names).save_pretrained(folder)
+    _save_qwen_processor(folder)
+
+
+def _save_qwen_processor(folder: Path) -> None:
+    from transformers import Qwen2VLImageProcessor
+
+    Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=112 * 112).save_pretrained(folder)
+    described = json.loads((folder / "preprocessor_config.json").read_text())
+    described["processor_class"] = "Qwen2VLProcessor"
+    (folder / "preprocessor_config.json").write_text(json.dumps(described, indent=1))
+
+
+def _spread(model: Any) -> None:
+    """Make weights so large that images matter to the tokens."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+
+
+def _save(model: Any, folder: Path, rename: tuple[str, str] = ("", "")) -> None:
+    from safetensors.torch import save_file
+
+    old, new = rename
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        renamed = name
+        if old and old in name and new not in name:
+            renamed = name.replace(old, new)
+        tensors[renamed] = tensor.contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _tokenizer(special: dict[str, int]) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | special
+    words |= {f"t{i}": i for i in range(VOCAB) if i not in words.values()}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = (
+        "{% for message in messages %}{% for part in message['content'] %}"
+        "{% if part['type'] == 'text' %}{{ part['text'] + ' ' }}"
+        "{% else %}" + _image_words(special) + "{% endif %}"
+        "{% endfor %}{% endfor %}"
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=list(special),
+        chat_template=template,
+    )
+
+
+def _image_words(special: dict[str, int]) -> str:
+    if "<image>" in special:
+        return "<image> "
+    return "<|vision_start|> <|image_pad|> <|vision_end|> "
