@@ -234,7 +234,7 @@ class Late:
 
 def early_prefill(repeats: int, text_tokens: int, secret: Path) -> dict[str, Any]:
     """Time the first token with early prefill on and off in turn, by the image's delay."""
-    from tests.epd_models import tiny_llava
+    from vision import tiny_llava
 
     width, positions = 512, 4096
     model = tiny_llava(width=width, layers=6, positions=positions)
@@ -296,9 +296,8 @@ class Store:
 def first_token(llm: Any, params: dict[str, Any], text_tokens: int) -> float:
     """Return the seconds until the first token of a prompt with text before an image."""
     from PIL import Image
+    from vision import IMAGE_TOKEN
     from vllm import SamplingParams
-
-    from tests.epd_models import IMAGE_TOKEN
 
     [media] = params
     rng = np.random.default_rng(0)

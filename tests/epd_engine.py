@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from vision import IMAGE_TOKEN, tiny_llava
 
 import vllm_plugins
 from tests.epd_encode_server import EncoderCounter
-from tests.epd_models import IMAGE_TOKEN, tiny_llava
 from tests.models import make_engine, scheduler_of, worker_of
 
 ROOT = Path(__file__).resolve().parent.parent

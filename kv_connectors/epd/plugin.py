@@ -114,6 +114,9 @@ class EpdPlugin(SchedulerPlugin):
     requires = Requirements(
         vllm=">=0.32", platforms=frozenset({"cpu", "cuda"}), runners=frozenset({"V1", "V2"})
     )
+    conflicts: ClassVar[dict[str, str]] = {
+        "kvshare": "it runs decoder layers one by one, and those of no model that reads images"
+    }
     Options: ClassVar[type[Options]] = EpdOptions
 
     def configure(self, options: EpdOptions, arguments: EngineArguments) -> None:

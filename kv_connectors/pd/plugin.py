@@ -193,6 +193,7 @@ class PdPlugin(SchedulerPlugin):
         vllm=">=0.32", platforms=frozenset({"cpu", "cuda"}), runners=frozenset({"V1", "V2"})
     )
     conflicts: ClassVar[dict[str, str]] = {
+        "hip": "KV that its sparse layers computed would be taken for a dense instance's",
         "kvshare": "both are KV connectors",
         "zipcache": "its packed pages go with state of its own that is not handed over",
     }

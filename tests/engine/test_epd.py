@@ -3,9 +3,9 @@
 import random
 
 import pytest
+from vision import PATCHES, WIDTH, tiny_llava
 
 from tests.epd_engine import HeldFetches, encode_engine, prefill_engine, prompt_of
-from tests.epd_models import PATCHES, WIDTH, tiny_llava
 from tests.models import make_engine
 
 pytestmark = pytest.mark.engine

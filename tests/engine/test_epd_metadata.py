@@ -4,9 +4,9 @@ One colocated engine is both servers: it publishes an image, and then serves it 
 """
 
 import pytest
+from vision import QWEN_END, QWEN_IMAGE, QWEN_START, tiny_qwen2_vl
 
 from tests.epd_engine import image, prefill_engine
-from tests.epd_models import QWEN_END, QWEN_IMAGE, QWEN_START, tiny_qwen2_vl
 
 pytestmark = pytest.mark.engine
 

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
+from vision import tiny_llava
 
-from tests.epd_models import tiny_llava
 from tests.pd_servers import Pair, instances, post, routed
 
 pytestmark = pytest.mark.serve

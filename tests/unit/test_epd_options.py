@@ -4,8 +4,8 @@ import copy
 import json
 
 import pytest
+from vision import tiny_llava
 
-from tests.epd_models import tiny_llava
 from tests.models import tiny_llama
 from vllm_plugins.activation import configure
 from vllm_plugins.cli.describe import describe, stock_arguments

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_plugins.compat.combinations import names_of
-from vllm_plugins.compat.one_version import PASSED, STOCK, Outcome
+from vllm_plugins.compat.one_version import PASSED, STOCK, STOCK_VISION, Outcome
 
 PAGE, README = Path("docs/compatibility.md"), Path("README.md")
 BEGIN, END = "<!-- compatibility -->", "<!-- /compatibility -->"
@@ -57,7 +57,7 @@ def _names(outcomes: Sequence[Outcome]) -> list[str]:
         for outcome in outcomes
         for name in (*outcome.plugins, *outcome.refused, *outcome.needs)
     }
-    return sorted(names - {STOCK})
+    return sorted(names - {STOCK, STOCK_VISION})
 
 
 def _cell(result: str) -> str:

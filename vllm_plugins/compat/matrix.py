@@ -31,6 +31,7 @@ MODEL_MAKER = Path("examples/models/tiny.py")
 # Enough layers for plug-ins that treat the lower ones and the upper ones differently.
 LAYERS = 4
 MODEL = Path(f".cache/models/tiny-llama-layers{LAYERS}")
+VISION_MAKER = Path("examples/models/vision.py")
 RESULTS = CACHE / "results"
 LIMIT_S = 1800.0
 # Each keeps one core busy, and while one installs, starts or waits, another computes.
@@ -58,12 +59,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def try_version(version: str, project: Path, reuse: bool = False) -> Outcome:
+def try_version(version: str, project: Path, vision: Path, reuse: bool = False) -> Outcome:
     """Run all trials of one version in a process that sees it, and return the outcome.
 
     Args:
         version: The vLLM version.
         project: Folder with this project installed.
+        vision: Folder of a tiny model that reads images.
         reuse: Whether to keep an outcome that is there.
     """
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -71,19 +73,20 @@ def try_version(version: str, project: Path, reuse: bool = False) -> Outcome:
     if not reuse or not out.exists():
         out.unlink(missing_ok=True)
         start = time.monotonic()
-        reason = _run(version, project, out)
+        reason = _run(version, project, vision, out)
         _amend(out, version, reason, time.monotonic() - start)
     return read(out)
 
 
-def _run(version: str, project: Path, out: Path) -> str:
+def _run(version: str, project: Path, vision: Path, out: Path) -> str:
     """Run the trials; return why the process did not come to its end, or nothing."""
     try:
         folder = site_folder(version)
     except SiteError as error:
         return str(error)
     command = [sys.executable, "-m", "vllm_plugins.compat.one_version", version,
-               "--model", str(MODEL.resolve()), "--out", str(out.resolve())]  # fmt: skip
+               "--model", str(MODEL.resolve()), "--vision-model", str(vision.resolve()),
+               "--out", str(out.resolve())]  # fmt: skip
     log = out.with_suffix(".log")
     with logged_process(command, log, environment(folder, project)) as process:
         try:
@@ -106,12 +109,12 @@ def read(out: Path) -> Outcome:
     return Outcome(**json.loads(out.read_text()))
 
 
-def run_all(versions: Sequence[str], reuse: bool) -> list[Outcome]:
+def run_all(versions: Sequence[str], vision: Path, reuse: bool) -> list[Outcome]:
     """Try versions, printing each outcome in their order."""
     outcomes = []
     project = project_folder()
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        trials = [pool.submit(try_version, version, project, reuse) for version in versions]
+        trials = [pool.submit(try_version, version, project, vision, reuse) for version in versions]
         for version, trial in zip(versions, trials, strict=True):
             outcome = trial.result()
             outcomes.append(outcome)
@@ -150,8 +153,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     maker = [sys.executable, str(MODEL_MAKER), str(MODEL), "--layers", str(LAYERS)]
     subprocess.run(maker, check=True, stdout=subprocess.DEVNULL)
+    made = subprocess.run(
+        [sys.executable, str(VISION_MAKER)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    vision = Path(made.stdout.splitlines()[-1])
     chosen = args.versions.split(",") if args.versions else list(supported_window().tested)
-    outcomes = run_all(chosen, args.reuse)
+    outcomes = run_all(chosen, vision, args.reuse)
     print("\n" + grid.table(outcomes))
     stale = stale_pages(outcomes) if args.check and not args.versions else []
     for path in stale:

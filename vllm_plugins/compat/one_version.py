@@ -27,7 +27,7 @@ from vllm_plugins.bench.errors import BenchError
 from vllm_plugins.bench.process import interrupt_on_termination
 from vllm_plugins.bench.server import Server, serve
 from vllm_plugins.compat import trials
-from vllm_plugins.compat.combinations import decide_all, own_plugins
+from vllm_plugins.compat.combinations import decide_all, names_of, own_plugins
 from vllm_plugins.compat.contract import check_contracts
 from vllm_plugins.compat.contracts import CONTRACTS
 from vllm_plugins.errors import PluginError
@@ -36,10 +36,11 @@ from vllm_plugins.plugin import SCHEDULER_HOST, SchedulerPlugin, WorkerPlugin
 from vllm_plugins.registry import enable, load, unmet_version
 
 PASSED = "passed"
-STOCK = "stock"
+STOCK, STOCK_VISION = "stock", "stock, with images"
 PYTHON = ".".join(platform.python_version_tuple()[:2])
 PROMPT_WORDS, OUTPUT_TOKENS = 150, 24
-PROMPT = " ".join(f"t{5 + (7 * i) % 400}" for i in range(PROMPT_WORDS))
+# Words that both tiny models have.
+PROMPT = " ".join(f"t{8 + (7 * i) % 50}" for i in range(PROMPT_WORDS))
 # A step holds less than the prompt, so that every scheduler has something to decide.
 STEP_ROWS = 64
 SERVE = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8",
@@ -86,15 +87,21 @@ class VersionRun:
     Args:
         version: The version that this process is meant to see.
         model: Folder of a tiny model.
+        vision: Folder of one that reads images.
         logs: Folder for the servers' logs.
         save: Called after every trial.
     """
 
     def __init__(
-        self, version: str, model: Path, logs: Path, save: Callable[[Outcome], None]
+        self,
+        version: str,
+        model: Path,
+        vision: Path,
+        logs: Path,
+        save: Callable[[Outcome], None],
     ) -> None:
         self.outcome = Outcome(version, time.strftime("%Y-%m-%d"), PYTHON)
-        self._model = model
+        self._text_model, self._vision_model = model, vision
         self._logs = logs
         self._save = save
         self._texts: dict[str, str] = {}
@@ -106,14 +113,16 @@ class VersionRun:
         allowed = self._allowed()
         pairs = [p for p in decide_all() if not p.refusal and set(p.names) <= set(allowed)]
         # Declared first: what a crash keeps from running is then known not to have run.
-        outcome.plugins = dict.fromkeys([STOCK, *allowed], "")
+        stocks = [STOCK, STOCK_VISION] if trials.needs_vision(allowed) else [STOCK]
+        outcome.plugins = dict.fromkeys([*stocks, *allowed], "")
         outcome.pairs = dict.fromkeys((pair.key for pair in pairs), "")
         outcome.identity = self._try(self._identity)
         outcome.contracts = self._try(self._contracts)
         for name in allowed:
             outcome.plugins[name] = self._try(partial(self._serve, name))
         # Last, because an engine leaves traces in the environment that servers would inherit.
-        outcome.plugins[STOCK] = self._try(partial(self._generate, STOCK, ()))
+        for stock in stocks:
+            outcome.plugins[stock] = self._try(partial(self._generate, stock, ()))
         for pair in pairs:
             outcome.pairs[pair.key] = self._try(partial(self._generate, pair.key, pair.names))
         self._compare(outcome.plugins)
@@ -164,8 +173,8 @@ class VersionRun:
 
     def _compare(self, results: dict[str, str]) -> None:
         """Turn a trial that passed into one that did not where its text is not stock's."""
-        stock = self._texts.get(STOCK)
         for name, text in self._texts.items():
+            stock = self._texts.get(STOCK_VISION if _sees(name) else STOCK)
             if stock is None and name in results:
                 results[name] = "stock vLLM gave nothing to compare with"
             elif text != stock and name in results:
@@ -177,10 +186,11 @@ class VersionRun:
     def _served(self, names: Sequence[str]) -> str:
         """Serve one request and return its text, checking who is on in the server."""
         label = "-".join(names)
+        model = self._vision_model if trials.needs_vision(names) else self._text_model
         log = self._logs / f"{self.outcome.version}-{label}.log"
         exact = [w for k, v in trials.exact_with(names).items() for w in (flag(k), str(v))]
         words = [*SERVE, *exact, "--plugin", *map(trials.flag_word, names)]
-        with serve(str(self._model), words, label, log, START_S) as server:
+        with serve(str(model), words, label, log, START_S) as server:
             self._check_server(server, names)
             return _completion(server)
 
@@ -199,13 +209,19 @@ class VersionRun:
 
         plugins = vllm_plugins.engine_args(*map(trials.flag_word, names))
         arguments = {**plugins, **trials.exact_with(names)}
-        with _engine(self._model, arguments) as llm:
+        model = self._vision_model if _sees(key) else self._text_model
+        with _engine(model, arguments) as llm:
             params = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
             (result,) = llm.generate([PROMPT], params, use_tqdm=False)
             self._texts[key] = str(result.outputs[0].text)
             running = _running_in(llm)
         if running != sorted(names):
             raise TrialError(f"the engine runs {running}, not {sorted(names)}")
+
+
+def _sees(key: str) -> bool:
+    """Whether a trial is on the model that reads images."""
+    return key == STOCK_VISION or trials.needs_vision(names_of(key))
 
 
 @contextmanager
@@ -292,6 +308,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Try the plug-ins on one vLLM version.")
     parser.add_argument("version")
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--vision-model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the outcome")
     args = parser.parse_args()
 
@@ -299,7 +316,7 @@ def main() -> int:
         args.out.write_text(json.dumps(asdict(outcome), indent=1))
 
     with interrupt_on_termination():
-        VersionRun(args.version, args.model, args.out.parent, save).run()
+        VersionRun(args.version, args.model, args.vision_model, args.out.parent, save).run()
     return 0
 
 

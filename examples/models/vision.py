@@ -1,6 +1,9 @@
 """Tiny random vision-language models: a LLaVA, and a Qwen2-VL for requests with metadata alone.
 
-Weights are random, so any wrong, missing or misplaced embedding changes the tokens.
+    python examples/models/vision.py
+
+makes the LLaVA and prints its folder. Weights are random, so any wrong, missing or misplaced
+embedding changes the tokens.
 """
 
 import json
@@ -205,3 +208,7 @@ def _image_words(special: dict[str, int]) -> str:
     if "<image>" in special:
         return "<image> "
     return "<|vision_start|> <|image_pad|> <|vision_end|> "
+
+
+if __name__ == "__main__":
+    print(tiny_llava())
