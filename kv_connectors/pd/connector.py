@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+    from vllm_plugins.kv_connectors.pd.geometry import Shard
     from vllm_plugins.kv_connectors.pd.plugin import PdOptions
 
 logger = init_logger("vllm.vllm_plugins.pd")
@@ -51,6 +52,9 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
     """
 
     _cache_hit_source = CacheHitSource.P2P
+    _prefill: PrefillScheduler
+    _decode: DecodeScheduler
+    _readers: list[Shard]
 
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
@@ -96,7 +100,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             options.min_pull_tokens,
             LeaseKeeper(connections, options.heartbeat),
         )
-        self._readers: list[Any] = []
+        self._readers = []
 
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 class PdNixlConnector(NixlConnector):
     """NixlConnector that accepts prompts as DistServe's decode instance does."""
 
+    admission: Admission
+    _pool: BlockPool
+
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:

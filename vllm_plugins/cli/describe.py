@@ -56,7 +56,8 @@ def describe(spec: PluginSpec) -> dict[str, Any]:
         PluginError: There is no such plug-in, or an option is wrong.
     """
     plugin = load(spec.name)
-    options = validate_options(plugin, spec.options)
+    spelt = PluginSpec(spec.name, {**_first_choices(plugin.Options), **spec.options})
+    options = validate_options(plugin, spelt.options)
     distribution, version = source(entry_points()[spec.name])
     needs = plugin.requires
     return {
@@ -75,8 +76,16 @@ def describe(spec: PluginSpec) -> dict[str, Any]:
         "conflicts": dict(plugin.conflicts),
         "options": option_table(plugin.Options),
         "metrics": list(metrics_of(plugin)),
+        "stands_for": " ".join([spec.name, *(f"{k}={v}" for k, v in spelt.options.items())]),
         "stock_arguments": stock_arguments(Enabled(plugin, options)),
     }
+
+
+def _first_choices(options: type[Options]) -> dict[str, Any]:
+    """Return a value for each option that has none by default, so that there is a spelling."""
+    table = options.model_json_schema()["properties"] if options.model_fields else {}
+    required = (name for name, field in options.model_fields.items() if field.is_required())
+    return {name: table[name]["enum"][0] for name in required if "enum" in table[name]}
 
 
 def option_table(options: type[Options]) -> list[dict[str, Any]]:
@@ -181,7 +190,7 @@ def as_text(d: Mapping[str, Any]) -> str:
         lines.append(f"  {metric['name']} ({metric['kind']})")
         lines += _indented(metric["help"])
     stock = shlex.join(d["stock_arguments"])
-    lines += ["", "the same with stock arguments:", f"  vllm serve MODEL {stock}"]
+    lines += ["", f"{d['stands_for']} with stock arguments:", f"  vllm serve MODEL {stock}"]
     return "\n".join(lines)
 
 

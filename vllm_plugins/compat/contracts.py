@@ -13,6 +13,7 @@ from vllm_plugins.compat.contract import (
     is_class,
     method,
 )
+from vllm_plugins.compat.disaggregation_contracts import DISAGGREGATION_CONTRACTS
 from vllm_plugins.compat.worker_contracts import WORKER_CONTRACTS
 
 ACTIVATION = "activation.py"
@@ -293,4 +294,5 @@ CONTRACTS: tuple[Contract, ...] = (
     *PROFILER,
     *WORKER_CONTRACTS,
     *ATTENTION_CONTRACTS,
+    *DISAGGREGATION_CONTRACTS,
 )

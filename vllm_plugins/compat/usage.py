@@ -49,6 +49,7 @@ ELEMENT_TYPES = {
 OUR_ATTRIBUTES = {"output": f"{_OUTPUT}:SchedulerOutput"}
 """As ATTRIBUTE_TYPES, for attributes of our own classes alone."""
 NOT_UPSTREAM = {
+    ("kv_connectors/epd/connector.py", "scheduler"),
     ("kv_connectors/kvshare/connector.py", "scheduler"),
     ("kv_connectors/kvshare/hit_rate_order.py", "scheduler"),
 }

@@ -165,11 +165,7 @@ class Connection:
         """
         self._check_local()
         with self._guarded():
-            try:
-                self._stream.send(DESCRIPTOR, {}, (), self._deadline(), descriptor)
-            except WireClosedError:
-                self._raise_last_words()
-                raise
+            send(self._stream, DESCRIPTOR, {}, (), self._deadline(), descriptor)
 
     def receive_descriptor(self) -> int:
         """Receive an open file, which the caller closes.

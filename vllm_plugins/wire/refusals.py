@@ -39,6 +39,7 @@ def send(
     header: Mapping[str, Any],
     payload: Sequence[Buffer],
     deadline: float,
+    descriptor: int | None = None,
 ) -> None:
     """Send a frame, as `FrameStream.send`.
 
@@ -47,7 +48,7 @@ def send(
         WireError: The frame, or a part of it, was not sent.
     """
     try:
-        stream.send(kind, header, payload, deadline)
+        stream.send(kind, header, payload, deadline, descriptor)
     except WireClosedError as closed:
         raise _last_words(stream) or closed from None
 
