@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_plugins.wire.address import Address
+from vllm_plugins.wire.address import Address, is_loopback
 from vllm_plugins.wire.errors import WireError
 
 KEY = "vllm_plugins_epd"
@@ -164,14 +164,6 @@ def sources_of(params: Any, allow_remote: bool) -> dict[str, Source]:
         found[media] = Source.from_json(item[KEY])
         _check_allowed(found[media].address.host, allow_remote)
     return found
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is a loopback address, or the name that always means one."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _check_allowed(host: str, allow_remote: bool) -> None:

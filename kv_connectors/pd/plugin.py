@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +11,7 @@ from pydantic import Field, model_validator
 
 from vllm_plugins.errors import PluginError
 from vllm_plugins.plugin import Options, Paper, Requirements, SchedulerPlugin
+from vllm_plugins.wire.address import is_loopback
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -165,14 +165,6 @@ class PdOptions(Options):
             for peer in reference.peers:
                 if not is_loopback(peer.address.host):
                     raise BadReferenceError(f"{peer.address} is remote; set allow_remote=true")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this one alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class PdPlugin(SchedulerPlugin):

@@ -9,10 +9,9 @@ from vllm_plugins.kv_connectors.epd.media import (
     MalformedError,
     Shape,
     Source,
-    is_loopback,
     sources_of,
 )
-from vllm_plugins.wire.address import Address
+from vllm_plugins.wire.address import Address, is_loopback
 
 SOURCE = Source(
     Address("127.0.0.1", 4000, "vllm-plugins-" + "0" * 32, "1" * 32),

@@ -11,9 +11,10 @@ from aiohttp import web
 
 from vllm_plugins.errors import PluginError
 from vllm_plugins.router.answers import error_body
-from vllm_plugins.router.settings import check_url, is_loopback
+from vllm_plugins.router.settings import check_url
 from vllm_plugins.router.startup import check_model
 from vllm_plugins.routing import Instance, Role
+from vllm_plugins.wire.address import is_loopback
 
 if TYPE_CHECKING:
     from vllm_plugins.router.services import Services

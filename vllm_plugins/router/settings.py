@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
 from vllm_plugins.errors import PluginError
+from vllm_plugins.wire.address import is_loopback
 
 MIN_KEY_BYTES = 16
 MAX_KEY_BYTES = 4096
@@ -138,14 +138,6 @@ def check_url(where: str, url: str) -> None:
         or url.split() != [url]
     ):
         raise PluginError(where, "is no address of an instance", "write http://HOST:PORT")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a listener on a host can be reached from this machine alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def read_admin_key(path: Path | None) -> bytes | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,6 +65,14 @@ class Address:
 
 
 _FIELDS = frozenset(Address.__dataclass_fields__)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is a loopback address, or the name that always means one."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def host_id() -> str:
