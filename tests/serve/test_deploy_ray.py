@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -109,25 +110,36 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
         "--admin-key-file", str(key), "--drain-s", "20", "--router-args", "--probe-s 0.2",
         "--serve-args", " ".join((*SERVE_DEFAULTS, *COMMON)),
     ]  # fmt: skip
-    environment = {**os.environ, "DEPLOY_TEST": str(os.getpid()), "RAY_USAGE_STATS_ENABLED": "0"}
     log = folder / "deploy.log"
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            command, stdout=stream, stderr=stream, env=environment, start_new_session=True
-        )
     url = f"http://{HOST}:{port}"
-    made = Deployed(process, RouterAdmin(url, key), url, model, {})
+    # Short, as Ray's sockets lie below it.
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as short,
+        log.open("wb") as stream,
+    ):
+        own = {"DEPLOY_TEST": str(os.getpid()), "RAY_TMPDIR": short, "RAY_USAGE_STATS_ENABLED": "0"}
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=stream, env=os.environ | own, start_new_session=True
+        )
+        made = Deployed(process, RouterAdmin(url, key), url, model, {})
+        with ended(made):
+            wait_for(lambda: "serving on" in log.read_text() or process.poll() is not None)
+            assert process.poll() is None, log.read_text()
+            wait_for(lambda: len(made.up(Role.DECODE)) == 2)
+            yield made
+
+
+@contextlib.contextmanager
+def ended(made: Deployed) -> Iterator[None]:
+    """Leave no process, whatever happens in the block."""
     try:
-        wait_for(lambda: "serving on" in log.read_text() or process.poll() is not None, SECONDS)
-        assert process.poll() is None, log.read_text()
-        wait_for(lambda: len(made.up(Role.DECODE)) == 2)
-        yield made
+        yield
     finally:
         made.note_processes()
-        for one in [process, *made.started.values()]:
+        for one in [made.process, *made.started.values()]:
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                 one.kill()
-        process.wait()
+        made.process.wait()
 
 
 def wait_for(condition: Callable[[], object], seconds: float = SECONDS) -> None:

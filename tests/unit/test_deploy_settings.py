@@ -280,6 +280,13 @@ def test_the_example_is_what_a_dry_run_prints() -> None:
     assert application.serve_config(read_settings(one["args"])) == yaml.safe_load(text)
 
 
+def test_a_cluster_of_this_command_alone_cannot_outlive_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main.main(["deploy", "--ray", "m", "--detach", "--address", "local"]) == main.REFUSED
+    assert "--detach: a cluster that --address local starts" in capsys.readouterr().err
+
+
 def test_without_ray_the_command_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -122,6 +122,12 @@ def run(args: argparse.Namespace) -> int:
     from vllm_plugins.deploy.settings import read_settings
 
     settings = read_settings(values_of(args))
+    if args.detach and args.address == "local":
+        raise PluginError(
+            "--detach",
+            "a cluster that --address local starts ends with the command",
+            "start one with `ray start --head`, or drop --detach",
+        )
     if args.dry_run:
         import yaml
 

@@ -51,6 +51,8 @@ class Step:
 
 @dataclass
 class _Member:
+    """An instance that has announced itself: its role, when it last spoke, whether it goes."""
+
     role: Role
     announced_s: float
     leaving: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import signal
+import socket
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from vllm_plugins.deploy.arguments import WHERE
 from vllm_plugins.deploy.settings import DeploySettings
@@ -20,6 +22,7 @@ from vllm_plugins.errors import PluginError
 POLL_S = 0.5
 # From the last instance's start to a router that serves.
 ROUTER_READY_S = 60.0
+KNOCK_S = 5.0
 
 
 def require_ray() -> None:
@@ -145,22 +148,32 @@ def _await_router(handle: Any, stopped: threading.Event) -> str:
 def _connected(address: str) -> Iterator[None]:
     import ray
 
+    mend = "start one with `ray start --head`, or name --address local"
     try:
+        _knock(address)
         ray.init(
             address=None if address == "local" else address,
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
-    except ConnectionError as error:
-        raise PluginError(
-            f"--address {address}",
-            f"no Ray cluster answers: {' '.join(str(error).split())}",
-            "start one with `ray start --head`, or name --address local",
-        ) from None
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise PluginError(f"--address {address}", f"no Ray cluster: {reason}", mend) from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Connect to an address that names host and port; Ray itself would try for many minutes.
+
+    Raises:
+        OSError: Nobody listens there.
+    """
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    if parts.hostname and parts.port:
+        socket.create_connection((parts.hostname, parts.port), KNOCK_S).close()
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from vllm_plugins.deploy.arguments import WHERE, check_router_args, check_serve_args, world_size
 from vllm_plugins.errors import PluginError
 from vllm_plugins.plugin import Options
-from vllm_plugins.router.settings import is_loopback
 from vllm_plugins.routing import Role
+from vllm_plugins.wire.address import is_loopback
 
 
 class Replicas(Options):
