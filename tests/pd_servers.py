@@ -102,6 +102,11 @@ class Pair:
         return {s.labels["reason"]: s.value for s in self.decode.metrics()
                 if s.name == name and s.value}  # fmt: skip
 
+    def complaints(self) -> list[str]:
+        """Return what the connectors have said in the logs."""
+        lines = f"{self.prefill.log}\n{self.decode.log}".splitlines()
+        return [line for line in lines if "vllm-plugins: pd:" in line]
+
     def await_empty(self, seconds: float) -> None:
         """Wait until no block is in use or kept on either side."""
         deadline = time.monotonic() + seconds

@@ -108,6 +108,8 @@ class FakeInstance:
         metrics: What ``/metrics`` says.
         first_text: Replaces the text of an answer's first token.
         holds: Whether a prompt is held for decode.
+        peers: What its references say of where its workers are; None for a connector of which
+            nothing is known.
         door: Where an encode instance says that it hands embeddings out.
         metadata: What an encode instance says of every medium's placeholders.
     """
@@ -130,6 +132,7 @@ class FakeInstance:
         self.metrics = ""
         self.first_text: str | None = None
         self.holds = True
+        self.peers: list[str] | None = None
         self.door = {"address": {"port": id(self)}, "generation": "g"}
         self.metadata: dict[str, Any] = {"image_grid_thw": [[1, 4, 4]]}
         self._models = {"data": [{"id": model, "max_model_len": max_model_len}]}
@@ -223,14 +226,15 @@ class FakeInstance:
         choice = {"index": 0, "message": {"content": ""}, "finish_reason": "stop"}
         return {"choices": [choice], "ec_transfer_params": entries}
 
-    def hold(self) -> dict[str, Any]:
+    def hold(self, chosen: str | None = None) -> dict[str, Any]:
         """Return the reference to a prompt that is held from now on."""
-        name = f"{self.url}/{next(self._names)}"
+        name = chosen or f"{self.url}/{next(self._names)}"
         self.held.add(name)
+        peers = {} if self.peers is None else {"version": 1, "peers": self.peers}
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
-            "vllm_plugins_pd": {"transfer_id": name},
+            "vllm_plugins_pd": {"transfer_id": name, **peers},
         }
 
 
@@ -268,9 +272,10 @@ class _Answer:
         if self._ids:
             (value if self._chat else choice)["prompt_token_ids"] = self._prompt
             choice["token_ids"] = self._tokens
-        wanted = (self._body.get("kv_transfer_params") or {}).get("do_remote_decode")
-        if wanted and self._fake.holds and self._tokens[-1] != EOS:
-            value["kv_transfer_params"] = self._fake.hold()
+        asked = self._body.get("kv_transfer_params") or {}
+        if asked.get("do_remote_decode") and self._fake.holds and self._tokens[-1] != EOS:
+            chosen = asked.get("vllm_plugins_pd", {}).get("transfer_id")
+            value["kv_transfer_params"] = self._fake.hold(chosen)
         return web.json_response(value)
 
     async def stream(self, fault: Fault | None) -> web.StreamResponse:

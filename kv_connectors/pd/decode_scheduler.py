@@ -37,7 +37,7 @@ class DecodeScheduler:
         pool: The block pool.
         threshold: ``waiting_block_prop_threshold`` (see `admission`).
         min_pull_tokens: Fewer tokens than these are computed here rather than pulled.
-        keeper: Keeps the leases of queued prompts.
+        keeper: Keeps the leases of prompts until they are here.
     """
 
     def __init__(
@@ -107,7 +107,6 @@ class DecodeScheduler:
         digest = reference.digest or prompt_digest(tokens, extra_of(request))
         self._loads.append(Load(name, reference, digest, spans, targets))
         self.admission.accept(name, sum(map(len, spans)))
-        self._keeper.unwatch(name)
         self._pulled_tokens += num_external
 
     def step(self, output: SchedulerOutput, orders: Orders) -> None:
@@ -121,6 +120,7 @@ class DecodeScheduler:
         """Note whose KV is here, or was given up."""
         for name in names:
             self.admission.loaded(name)
+            self._keeper.unwatch(name)
 
     def finished(self, request: Request) -> None:
         """Drop a request; what it did not pull is released."""
@@ -164,7 +164,9 @@ class DecodeScheduler:
 
 
 class LeaseKeeper:
-    """Renews the leases of queued prompts from a thread of its own.
+    """Renews leases from a thread of its own.
+
+    Also while a prompt is being pulled: from one worker of several, the others' leases go on.
 
     Args:
         connections: Connections to prefill workers.

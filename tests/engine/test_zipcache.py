@@ -168,9 +168,16 @@ def test_metrics_move(packed):
 
     from vllm_plugins.metrics import publish_in_this_process
 
+    # Engines of other tests in this process have values under their own models' names.
+    model = str(packed.llm_engine.vllm_config.model_config.served_model_name)
+
     def counted(name):
         found = [s for metric in REGISTRY.collect() for s in metric.samples]
-        return sum(s.value for s in found if s.name == f"vllm_plugins:zipcache_{name}")
+        return sum(
+            s.value
+            for s in found
+            if s.name == f"vllm_plugins:zipcache_{name}" and s.labels["model_name"] == model
+        )
 
     publish_in_this_process()
     sealed = counted("sealed_blocks_total")

@@ -14,7 +14,7 @@ from vllm_plugins.kv_connectors.pd.reference import KEY
 
 pytestmark = pytest.mark.serve
 
-PLUGIN = ("--plugin", "pd:role=both,min_pull_tokens=1,stream_layers=true,lease_s=20")
+PLUGIN = ("--plugin", "pd:role=both,min_pull_tokens=1,stream_layers=true,lease_s=30")
 
 
 @pytest.fixture(scope="module")
@@ -35,26 +35,26 @@ def test_ranks_take_their_heads(instances_of_two_and_one, order):
         assert pair.decoded(tokens, params) == pair.colocated(tokens)
     long = prompt(700, 2 + order[0])
     assert pair.streamed(long, params[KEY]["peers"]) == pair.colocated(long)
-    assert pair.recomputed() == {}
-    pair.await_empty(22)
+    assert pair.recomputed() == {}, pair.complaints()
+    pair.await_empty(32)
 
 
 def test_a_killed_decode_instance_leaves_nothing_behind(instances_of_two_and_one):
     """Last: the decode instance does not come back."""
     pair = Pair(*instances_of_two_and_one)
     prompts = [prompt(400 + 60 * i, 5) for i in range(6)]
-    references = [pair.prefilled(tokens) for tokens in prompts]
 
-    def read(tokens: list[int], params: dict) -> None:
+    def read(tokens: list[int]) -> None:
+        params = pair.prefilled(tokens)
         with contextlib.suppress(OSError, http.client.HTTPException):
             pair.decoded(tokens, params, max_tokens=500)
 
     before = pair.decode.metric("vllm_plugins:pd_received_bytes_total")
-    with ThreadPoolExecutor(6) as pool:
-        readers = list(map(pool.submit, [read] * 6, prompts, references))
+    with ThreadPoolExecutor(3) as pool:
+        readers = list(map(pool.submit, [read] * 6, prompts))
         while pair.decode.metric("vllm_plugins:pd_received_bytes_total") == before:
-            assert not all(reader.done() for reader in readers)
+            assert not all(reader.done() for reader in readers), pair.recomputed()
         os.killpg(pair.decode.process.pid, signal.SIGKILL)
         pair.decode.process.wait()
-    pair.await_empty(22)
+    pair.await_empty(32)
     assert pair.prefilled(prompts[0])

@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.router_backends import MODEL, answer_tokens, text_of, tokenize
+from tests.router_backends import MODEL, Fault, answer_tokens, text_of, tokenize
 from tests.router_rig import Rig, in_loop, rig
 from vllm_plugins.router import listen
 from vllm_plugins.routing import Role
@@ -226,3 +226,22 @@ async def test_connections_have_a_limit() -> None:
 def test_a_prompt_of_the_tests_is_as_long_as_they_say() -> None:
     assert len(body_of(3)["prompt"]) == TOKENS
     assert tokenize("w9 w10") == [9, 10]
+
+
+@in_loop
+async def test_a_prompt_whose_answer_was_lost_is_released_by_the_name_it_was_given() -> None:
+    async with rig() as router:
+        fake = router.prefill[0]
+        fake.peers = ["somewhere"]
+        await router.text(body_of())
+        # From that answer on the router knows whom to tell.
+        fake.faults.append(Fault("hang"))
+        asking = asyncio.create_task(router.text(body_of()))
+        while len(fake.bodies) < 2:
+            await fake.arrived.acquire()
+        asking.cancel()
+        while not router.released:
+            await asyncio.sleep(0.005)
+        await router.idle()
+        asked = [body["kv_transfer_params"].get("vllm_plugins_pd") for body in fake.bodies]
+        assert asked == [None, {"transfer_id": router.released[0]}]

@@ -23,6 +23,7 @@ from vllm_plugins.router.client import Client
 from vllm_plugins.router.continued import Sent, begun_by, first_token
 from vllm_plugins.router.encoding import Encoding
 from vllm_plugins.router.first_token import why_alone, why_not_early
+from vllm_plugins.router.held import PD_REFERENCE
 from vllm_plugins.router.media import media_of, warming_body
 from vllm_plugins.router.relay import Relay
 from vllm_plugins.router.upstream import InstanceError, answer_headers, request_headers
@@ -263,10 +264,21 @@ class Exchange:
                     await self._encode(overlap=False)
 
     async def _ask_one(self, ticket: Ticket, call: Call) -> dict[str, Any]:
-        body = prefill_body(call, self._early)
-        return await self._services.upstream.post_json(
-            ticket.instance, call.path, body, self._headers
-        )
+        body, releaser = prefill_body(call, self._early), self._services.releaser
+        named = releaser.name(ticket.instance.id)
+        if named is not None:
+            chosen = {"transfer_id": named[PD_REFERENCE]["transfer_id"]}
+            body["kv_transfer_params"][PD_REFERENCE] = chosen
+        try:
+            answer = await self._services.upstream.post_json(
+                ticket.instance, call.path, body, self._headers
+            )
+        except (asyncio.CancelledError, InstanceError):
+            # The prompt may be held, or soon be, although nobody hears of it any more.
+            releaser.start(named)
+            raise
+        releaser.learn(ticket.instance.id, answer.get("kv_transfer_params"))
+        return answer
 
     async def _place_prefill(self, tried: set[str]) -> Ticket:
         work = Work(prompt_tokens=prompt_tokens(self._asked.body))

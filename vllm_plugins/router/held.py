@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -39,6 +40,7 @@ class Releaser:
         self._release = release
         self._secret = secret
         self._metrics = metrics
+        self._peers: dict[str, Mapping[str, Any]] = {}
         self._threads = ThreadPoolExecutor(THREADS, "release")
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -52,6 +54,24 @@ class Releaser:
         task = asyncio.create_task(self._run(transfer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def learn(self, instance_id: str, transfer: object) -> None:
+        """Take from an instance's reference where its workers are."""
+        reference = transfer.get(PD_REFERENCE) if isinstance(transfer, dict) else None
+        if isinstance(reference, dict) and "peers" in reference:
+            self._peers[instance_id] = {key: reference.get(key) for key in ("version", "peers")}
+
+    def name(self, instance_id: str) -> dict[str, Any] | None:
+        """Return a reference to a prompt that an instance has yet to compute.
+
+        Its ``transfer_id`` goes with the question, so that the prompt can be released although its
+        answer was lost. None where the instance's workers are not known.
+        """
+        peers = self._peers.get(instance_id)
+        if peers is None:
+            return None
+        reference = {"transfer_id": uuid.uuid4().hex, **peers}
+        return {"do_remote_prefill": True, PD_REFERENCE: reference}
 
     async def close(self, timeout_s: float) -> None:
         """Wait for what was begun, at most so long."""
