@@ -297,8 +297,10 @@ def _completion(server: Server) -> str:
         {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=120) as answer:
-        text = str(json.load(answer)["choices"][0]["text"])
-    if len(text.split()) != OUTPUT_TOKENS:
+        found = json.load(answer)
+    text = str(found["choices"][0]["text"])
+    # Special tokens count, and do not show in the text.
+    if found["usage"]["completion_tokens"] != OUTPUT_TOKENS:
         raise TrialError(f"asked for {OUTPUT_TOKENS} tokens, got {text!r}")
     return text
 
