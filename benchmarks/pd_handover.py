@@ -8,12 +8,14 @@ every length, way and round, in random order and with fresh prompts, one token i
 - of one engine alone (`colocated`),
 - of the prefill instance, and then with its reference of the decode instance (`prefill`,
   `decode`),
-- of the decode instance again, whose prefix cache has the prompt by then (`cached`).
+- of the decode instance again, whose prefix cache has the prompt's whole blocks by then (`cached`);
+  what is behind the last of them it computes, while a pull brings that too.
 
-`decode - cached` is the time that the hand-over adds to the first token; per 1000 tokens it is the
-slope over lengths. `stream` asks both instances at once, so that layers leave while the prompt is
-computed; its `decode` is the whole time. `nixl` is vLLM's NixlConnector with the same requests, if
-its package is installed. MB/s are bytes over the pull's own time in the decode instance's worker.
+`decode` is what the hand-over adds to the first token, the computation of one token included; its
+slope over lengths is what 1000 tokens add. `stream` asks both instances at once, so that layers
+leave while the prompt is computed; its `decode` is the whole time. `nixl` is vLLM's NixlConnector
+with the same requests, if its package is installed. MB/s are bytes over the pull's own time in the
+decode instance's worker.
 """
 
 from __future__ import annotations
@@ -206,10 +208,9 @@ def summary(samples: Sequence[tuple[int, dict[str, float]]]) -> dict[str, Any]:
     for length in sorted({length for length, _ in samples}):
         rows = [row for at, row in samples if at == length]
         for row in rows:
-            row["added"] = row["decode"] - row["cached"]
             row["over one engine"] = row["prefill"] + row["decode"] - row["colocated"]
         found[str(length)] = {key: spread([row[key] for row in rows]) for key in rows[0]}
-    points = [(length / 1000, row["added"]) for length, row in samples]
+    points = [(length / 1000, row["decode"]) for length, row in samples]
     found["added per 1000 tokens, s"] = statistics.linear_regression(*zip(*points, strict=True))[0]
     return found
 
