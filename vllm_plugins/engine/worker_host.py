@@ -27,6 +27,7 @@ from vllm_plugins.settings import enabled_plugins
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.worker.utils import AttentionGroup
@@ -49,6 +50,7 @@ class RunnerView:
         kv_cache_config: Groups of layers that share block tables, and the number of blocks.
         attention_groups: For each KV cache group its attention groups: a backend, the names of its
             layers and its metadata builders.
+        runner: The model runner itself, for what the two kinds keep in different places.
     """
 
     config: VllmConfig
@@ -56,10 +58,33 @@ class RunnerView:
     device: torch.device
     kv_cache_config: KVCacheConfig
     attention_groups: list[list[AttentionGroup]]
+    runner: Any
 
     def attention_layer(self, name: str) -> Any:
         """Return the attention module of a layer, which holds its ``kv_cache`` and ``impl``."""
         return self.config.compilation_config.static_forward_context[name]
+
+    def media_spans(self, common: CommonAttentionMetadata) -> list[list[tuple[int, int]]]:
+        """Return where each request of a step has embeddings of media items among its tokens.
+
+        Args:
+            common: The step's metadata.
+
+        Returns:
+            For each request, in the step's order, positions [start, end) of each item, ascending.
+        """
+        if self.config.use_v2_model_runner:
+            assert common.req_idx is not None
+            names = map(self.runner.req_states.index_to_req_id.get, common.req_idx.tolist())
+            held = self.runner.encoder_cache.mm_features
+            features = [held.get(name, ()) for name in names]
+        else:
+            requests = self.runner.requests
+            features = [requests[name].mm_features for name in self.runner.input_batch.req_ids]
+        return [
+            [(first, last + 1) for f in own for first, last in f.mm_position.extract_embeds_range()]
+            for own in features
+        ]
 
 
 class WorkerListener:
@@ -130,6 +155,7 @@ class WorkerHost:
             self.device,
             runner.kv_cache_config,
             runner.attn_groups,
+            runner,
         )
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:

@@ -1,0 +1,132 @@
+"""Which blocks a span leaves empty, which rows go on, and the table that is left."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_plugins.engine.block_holes.plan import Hole, plan_hole, plan_step
+from vllm_plugins.engine.block_holes.view import CompactTables
+
+SIZES = st.sampled_from([16, 32, 64])
+
+
+def test_llava_keeps_128_of_the_115_asked_for():
+    hole = plan_hole(35, 35 + 576, 115, 16)
+    assert (hole.first_block, hole.blocks, hole.kept) == (10, 28, 128)
+    assert (hole.selected, hole.tail) == (125, 3)
+
+
+@given(st.integers(0, 300), st.integers(1, 700), st.integers(0, 800), SIZES)
+def test_a_hole_is_the_largest_that_leaves_what_is_wanted(start, length, wanted, size):
+    hole = plan_hole(start, start + length, wanted, size)
+    assert hole.selected + hole.tail == hole.kept == length - hole.blocks * size
+    assert hole.kept >= min(wanted, length)
+    if hole.blocks:
+        assert start <= hole.begin < hole.behind <= start + length
+        assert 0 <= hole.tail < size
+        assert hole.kept < max(wanted, hole.tail) + size
+    else:
+        # No whole block between the wanted tokens and the tail.
+        tail = (start + length) % size
+        assert -(-(start + max(0, wanted - tail)) // size) >= (start + length) // size
+
+
+def walk(holes: list[list[Hole]], computed: list[int], ends: list[int]):
+    """Plan a step and, as an oracle, position by position, what it must keep and choose from."""
+    starts = np.concatenate(([0], np.cumsum(np.subtract(ends, computed)))).astype(np.int32)
+    kept, hidden, choices = [], set(), []
+    row = 0
+    for request, (first, end) in enumerate(zip(computed, ends, strict=True)):
+        active = [h for h in holes[request] if h.blocks and (h.start < first or h.end <= end)]
+        for position in range(first, end):
+            inside = [h for h in active if h.begin <= position < h.behind]
+            if inside:
+                hidden.add((request, position // inside[0].block_size))
+            else:
+                kept.append(row)
+            row += 1
+        for h in active:
+            head, behind = max(h.start, first), min(h.behind, end)
+            if head < h.begin < behind:
+                at = int(starts[request]) + head - first
+                choices.append((request, at, behind - head, h.begin - head))
+    return plan_step(holes, starts, np.array(ends)), kept, hidden, choices
+
+
+@st.composite
+def steps(draw):
+    size = draw(SIZES)
+    holes, computed, ends = [], [], []
+    for _ in range(draw(st.integers(1, 4))):
+        position, own = draw(st.integers(0, 40)), []
+        for _ in range(draw(st.integers(0, 3))):
+            length = draw(st.integers(1, 200))
+            own.append(plan_hole(position, position + length, draw(st.integers(0, 200)), size))
+            position += length + draw(st.integers(0, 20))
+        end = draw(st.integers(1, position + 40))
+        first = draw(st.integers(0, end - 1))
+        holes.append(own)
+        computed.append(first // size * size)
+        ends.append(end)
+    return holes, computed, ends
+
+
+@given(steps())
+def test_a_step_keeps_what_an_oracle_keeps(step):
+    plan, kept, hidden, choices = walk(*step)
+    if plan is None:
+        assert not hidden
+        return
+    assert plan.rows.tolist() == kept
+    assert set(map(tuple, plan.hidden.T.tolist())) == hidden
+    assert [(c.request, c.first_row, c.candidates, c.selected) for c in plan.choices] == choices
+    for choice in plan.choices:
+        chosen = plan.rows[choice.at : choice.at + choice.selected]
+        np.testing.assert_array_equal(chosen, choice.first_row + np.arange(choice.selected))
+    assert plan.starts[-1] == len(kept)
+    assert plan.longest == np.diff(plan.starts).max()
+
+
+def test_an_image_that_goes_on_in_the_next_step_keeps_its_rows():
+    hole = plan_hole(5, 300, 20, 32)
+    assert plan_step([[hole]], np.array([0, 200]), np.array([200])) is None
+
+
+@pytest.mark.parametrize("cached", [0, 32, 64, 96, 128, 160])
+def test_after_a_hit_no_row_of_the_hole_is_left(cached):
+    hole = plan_hole(5, 150, 40, 32)
+    plan = plan_step([[hole]], np.array([0, 180 - cached]), np.array([180]))
+    if cached >= hole.behind:
+        assert plan is None
+        return
+    positions = plan.rows + cached
+    assert not np.any((positions >= hole.begin) & (positions < hole.behind))
+    assert bool(plan.choices) == (cached < hole.begin)
+
+
+@given(st.data())
+def test_the_table_without_holes(data):
+    size = data.draw(SIZES)
+    requests, width = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 12))
+    blocks = requests * width + 1
+    ids = torch.randperm(blocks - 1)[: requests * width].reshape(requests, width).int() + 1
+    lengths = torch.tensor(
+        data.draw(st.lists(st.integers(0, width * size), min_size=requests, max_size=requests)),
+        dtype=torch.int32,
+    )
+    flags = torch.tensor(data.draw(st.lists(st.booleans(), min_size=blocks, max_size=blocks)))
+    common = SimpleNamespace(block_table_tensor=ids, seq_lens=lengths)
+    buffers = CompactTables.empty(requests + 1, width, torch.device("cpu"))
+    tables, seen = buffers.fill(flags, common, size)
+    assert tables.data_ptr() == buffers.tables.data_ptr()
+    for row, length in enumerate(lengths.tolist()):
+        used = ids[row, : -(-length // size)].tolist()
+        left = [block for block in used if not flags[block]]
+        assert tables[row].tolist() == left + [0] * (width - len(left))
+        tokens = [min(size, length - size * column) for column in range(len(used))]
+        kept = [n for n, block in zip(tokens, used, strict=True) if not flags[block]]
+        assert int(seen[row]) == sum(kept)
