@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import hmac
 import json
-import os
 import re
 import secrets
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vllm_plugins.errors import PluginError
-
-LEAST_KEY_BYTES, MOST_KEY_BYTES = 32, 4096
-HOW_TO_MAKE = "make one with `(umask 077; openssl rand -hex 32 > FILE)`"
+from vllm_plugins.secret_file import HOW_TO_MAKE, read_secret
 
 _TENANT, _CANONICAL, _UNSIGNED = "kvshare.tenant.", "kvshare.canonical.", "kvshare.unsigned."
 # 256 bits of domain and 128 of signature: 112 characters of the 128 that vLLM lets a salt have.
@@ -33,46 +29,21 @@ _MOST_FIELDS, _MOST_FIELD_CHARACTERS = 8, 256
 
 
 def read_key(option: str, path: Path) -> bytes:
-    """Return the secret in a file, without white space around it.
+    """Return the secret in a file, which is printable ASCII text.
 
     Args:
         option: The option that names the file, in the user's words, for the message.
-        path: A regular file of printable ASCII text, 32 bytes to 4 KiB. As with the keys of ssh,
-            its group and others must not have any access to it; the group may where somebody else
-            owns it, as with secrets that a cluster mounts.
+        path: As `read_secret` takes it.
 
     Raises:
         PluginError: It is not such a file.
     """
     where = f"{option}={path}"
-    try:
-        # Opening a pipe would wait for its other end.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            _check_file(where, os.fstat(descriptor))
-            text = file.read(MOST_KEY_BYTES + 1)
-    except OSError as error:
-        raise PluginError(where, f"cannot be read: {error.strerror}", HOW_TO_MAKE) from None
-    key = text.strip()
-    if len(key) < LEAST_KEY_BYTES or len(text) > MOST_KEY_BYTES:
-        raise PluginError(
-            where, f"does not hold {LEAST_KEY_BYTES} to {MOST_KEY_BYTES} bytes", HOW_TO_MAKE
-        )
+    key = read_secret(where, path)
     # A key travels in an HTTP header, and random bytes may end in what looks like white space.
     if not all(0x20 <= byte < 0x7F for byte in key):
         raise PluginError(where, "is not one line of printable ASCII text", HOW_TO_MAKE)
     return key
-
-
-def _check_file(where: str, status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise PluginError(where, "is not a regular file", HOW_TO_MAKE)
-    barred = 0o077 if status.st_uid == os.geteuid() else 0o007
-    if status.st_mode & barred:
-        mode = stat.S_IMODE(status.st_mode)
-        raise PluginError(
-            where, f"others may read or write it (mode {mode:04o})", "set its mode to 0600"
-        )
 
 
 class TenantSalts:

@@ -18,8 +18,8 @@ from vllm_plugins.cli import main
 from vllm_plugins.cli.route import read_settings
 from vllm_plugins.deploy.join import _parser
 from vllm_plugins.registry import load, validate_options
+from vllm_plugins.secret_file import LEAST_BYTES
 from vllm_plugins.spec import parse_specs
-from vllm_plugins.wire.secret import LEAST_SECRET_BYTES
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 COMPOSE = EXAMPLES / "compose/compose.yaml"
@@ -139,7 +139,7 @@ def test_only_decode_pods_and_the_router_reach_the_wire() -> None:
 
 def test_the_example_of_a_secret_is_refused_until_replaced() -> None:
     (secret,) = [one for one in OBJECTS if one["kind"] == "Secret"]
-    assert len(secret["stringData"]["wire.secret"]) < LEAST_SECRET_BYTES
+    assert len(secret["stringData"]["wire.secret"]) < LEAST_BYTES
     assert len(secret["stringData"]["admin.key"]) < 16
     files = " ".join(word for name in WORKLOADS for word in container(name)["args"])
     for name in secret["stringData"]:

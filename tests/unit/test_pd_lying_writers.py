@@ -21,31 +21,12 @@ from tests.pd_problem import (
     goes_on,
     honest_writer,
     new_reader,
-    nothing_left,
 )
 from tests.unit.wire_ends import wait_until
-from vllm_plugins.kv_connectors.pd import decode_worker, prefill_worker
 from vllm_plugins.kv_connectors.pd.protocol import GONE, SLOTS, Kind, PullRequest
 from vllm_plugins.wire.shared_memory import SharedBuffer
 
-
-@pytest.fixture(autouse=True)
-def _nothing_left(monkeypatch, caplog):
-    for module in (decode_worker, prefill_worker):
-        monkeypatch.setattr(module, "PIECE_BYTES", PIECE_BYTES)
-    with nothing_left():
-        yield
-        # What was logged keeps errors, these their frames, and those mapped memory.
-        caplog.get_records("call").clear()
-
-
-@pytest.fixture
-def ends():
-    """Collects workers, and closes them in the end."""
-    made = []
-    yield made
-    for end in reversed(made):
-        end.close()
+pytestmark = pytest.mark.usefixtures("pd_nothing_left")
 
 
 class Answer:

@@ -41,15 +41,6 @@ def _nothing_left():
 
 
 @pytest.fixture
-def ends():
-    """Collects workers, and closes them in the end."""
-    made = []
-    yield made
-    for end in made:
-        end.close()
-
-
-@pytest.fixture
 def small_pieces(monkeypatch):
     """Pieces of two blocks of all heads."""
     for module in (decode_worker, prefill_worker):

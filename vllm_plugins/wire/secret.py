@@ -10,36 +10,34 @@ from __future__ import annotations
 
 import os
 import secrets
-import stat
 from pathlib import Path
 
 from vllm_plugins.errors import PluginError
+from vllm_plugins.secret_file import read_secret
 
-LEAST_SECRET_BYTES, MOST_SECRET_BYTES = 32, 4096
-HOW_TO_MAKE = "make one with `(umask 077; openssl rand -hex 32 > FILE)`"
 _WHERE = "secret of the wire"
 
 
 def load_secret(path: Path | None) -> bytes:
-    """Return the secret in a file, without white space around it.
+    """Return the secret in a file.
 
     Args:
-        path: A regular file of 32 bytes to 4 KiB. Its group and others must not have any access to
-            it; the group may where somebody else owns it, as with secrets that a cluster mounts.
-            None means the user's own secret, which is made on first use.
+        path: As `read_secret` takes it. None means the user's own secret, which is made on first
+            use.
 
     Raises:
         PluginError: There is no such file, or none can be made.
     """
     if path is not None:
-        return _read(path, HOW_TO_MAKE)
+        return read_secret(f"{_WHERE}, {path}", path)
     try:
         own = _own_secret()
     except (OSError, RuntimeError) as error:
         raise PluginError(
             _WHERE, f"none can be made: {error}", "name a file that holds one"
         ) from None
-    return _read(own, "remove it while no server runs, so that a new one is made")
+    mend = "remove it while no server runs, so that a new one is made"
+    return read_secret(f"{_WHERE}, {own}", own, mend)
 
 
 def _own_secret() -> Path:
@@ -69,31 +67,3 @@ def _make(path: Path) -> None:
         return
     finally:
         draft.unlink()
-
-
-def _read(path: Path, mend: str) -> bytes:
-    where = f"{_WHERE}, {path}"
-    try:
-        # Opening a pipe would wait for its other end.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            _check(where, os.fstat(descriptor), mend)
-            text = file.read(MOST_SECRET_BYTES + 1)
-    except OSError as error:
-        raise PluginError(where, f"cannot be read: {error.strerror}", mend) from None
-    secret = text.strip()
-    if len(secret) < LEAST_SECRET_BYTES or len(text) > MOST_SECRET_BYTES:
-        reason = f"does not hold {LEAST_SECRET_BYTES} to {MOST_SECRET_BYTES} bytes"
-        raise PluginError(where, reason, mend)
-    return secret
-
-
-def _check(where: str, status: os.stat_result, mend: str) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise PluginError(where, "is not a regular file", mend)
-    barred = 0o077 if status.st_uid == os.geteuid() else 0o007
-    if status.st_mode & barred:
-        mode = stat.S_IMODE(status.st_mode)
-        raise PluginError(
-            where, f"others may read or write it (mode {mode:04o})", "set its mode to 0600"
-        )
