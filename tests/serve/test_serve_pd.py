@@ -206,11 +206,18 @@ def test_aborted_at_every_state(pair):
     assert pair.decoded(tokens, pair.prefilled(tokens)) == pair.colocated(tokens)
 
 
-@pytest.fixture(scope="module", params=["decode", "prefill"])
+WAYS = {
+    "decode": ("--first-token", "decode"),
+    "prefill": ("--first-token", "prefill"),
+    "layers": ("--stream-layers",),
+}
+
+
+@pytest.fixture(scope="module", params=WAYS.values(), ids=WAYS)
 def router(request, pair, tmp_path_factory):
-    """The router in front of the pair, by the mode of the first token."""
+    """The router in front of the pair, by how a prompt changes hands."""
     log = tmp_path_factory.mktemp("router") / "router.log"
-    with routed(pair, log, "--first-token", request.param) as url:
+    with routed(pair, log, *request.param) as url:
         yield url
 
 
@@ -229,6 +236,19 @@ def test_the_router_streams_one_engines_text(pair, router):
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected["text"]
     assert chunks[-1].choices[0].finish_reason == "length"
     assert pair.decode.metric("vllm_plugins:pd_pulled_tokens_total") > before
+
+
+def test_the_router_has_layers_leave_while_a_prompt_is_computed(pair, tmp_path):
+    early = "vllm_plugins:pd_sent_bytes_total"
+    with routed(pair, tmp_path / "router.log", "--stream-layers") as url:
+        # The first answer tells where the workers are.
+        assert ask(url, pair, prompt=prompt(100, 34)).choices[0].text
+        before = pair.prefill.metric(early, when="early")
+        tokens = prompt(1900, 35)
+        answer = ask(url, pair, prompt=tokens).choices[0].text
+        assert pair.prefill.metric(early, when="early") > before
+    expected = post(pair.prefill.url, pair.body(tokens, 8))["choices"][0]["text"]
+    assert answer == expected
 
 
 def test_the_router_serves_many_at_once(pair, router):

@@ -66,14 +66,16 @@ async def ask(router: Rig, path: str, body: dict[str, Any], patience_s: float) -
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("first_token", ["decode", "prefill"])
+@pytest.mark.parametrize("mode", ["decode", "prefill", "layers"])
 @in_loop
-async def test_whatever_happens_nothing_stays(first_token: str, seed: int) -> None:
+async def test_whatever_happens_nothing_stays(mode: str, seed: int) -> None:
+    way = {"stream_layers": True} if mode == "layers" else {"first_token": mode}
     dice = random.Random(seed)
     limits = {"request_timeout_s": 0.6, "stall_timeout_s": 0.3, "max_prefill_tokens": 40}
-    async with rig(prefill=2, decode=3, first_token=first_token, fail_threshold=10**6,
-                   **limits) as router:  # fmt: skip
+    async with rig(prefill=2, decode=3, fail_threshold=10**6, **way, **limits) as router:
         received = note_transfers(router)
+        for fake in router.prefill:
+            fake.peers = ["a worker"]
         for fake in (*router.prefill, *router.decode):
             script(fake, dice)
         places = asyncio.Semaphore(AT_A_TIME)

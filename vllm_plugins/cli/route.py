@@ -90,6 +90,12 @@ def _add_dispatch(group: Any) -> None:
         "every stream on unchanged; prefill sends the token that the prefill instance computed "
         "anyway, sooner, where the rest of the answer is not changed by it (default: %(default)s)",
     )
+    group.add_argument(
+        "--stream-layers",
+        action="store_true",
+        help="ask prefill and decode at once where the prefill instance is idle, so that layers "
+        "leave while later ones are computed; needs --plugin pd:stream_layers=true there",
+    )
     _number(
         group, "max-queue", int, "most requests that wait for each role; more are refused with 503",
         least=0,

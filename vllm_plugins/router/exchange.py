@@ -14,7 +14,7 @@ import asyncio
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_plugins.router.answers import RefusedError
@@ -23,7 +23,7 @@ from vllm_plugins.router.client import Client
 from vllm_plugins.router.continued import Sent, begun_by, first_token
 from vllm_plugins.router.encoding import Encoding
 from vllm_plugins.router.first_token import why_alone, why_not_early
-from vllm_plugins.router.held import PD_REFERENCE
+from vllm_plugins.router.held import PD_REFERENCE, Held
 from vllm_plugins.router.media import media_of, warming_body
 from vllm_plugins.router.relay import Relay
 from vllm_plugins.router.upstream import InstanceError, answer_headers, request_headers
@@ -38,21 +38,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EVENT_STREAM = {"Content-Type": "text/event-stream; charset=utf-8"}
-
-
-@dataclass(frozen=True)
-class Held:
-    """A prompt that a prefill instance has computed.
-
-    Attributes:
-        transfer: ``kv_transfer_params`` of its answer; None where it holds nothing.
-        prompt_tokens: Length of the prompt as it counted it.
-        until: Monotonic time in seconds from which on it may hold the KV no longer.
-    """
-
-    transfer: Mapping[str, Any] | None
-    prompt_tokens: int
-    until: float
 
 
 class Exchange:
@@ -263,11 +248,19 @@ class Exchange:
                 if self._media and failure.suspects_transfer:
                     await self._encode(overlap=False)
 
-    async def _ask_one(self, ticket: Ticket, call: Call) -> dict[str, Any]:
+    async def _ask_one(
+        self,
+        ticket: Ticket,
+        call: Call,
+        streamed: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return a prefill instance's answer; its layers may be read under a name meanwhile."""
         body, releaser = prefill_body(call, self._early), self._services.releaser
-        named = releaser.name(ticket.instance.id)
+        named = streamed or releaser.name(ticket.instance.id)
         if named is not None:
             chosen = {"transfer_id": named[PD_REFERENCE]["transfer_id"]}
+            if streamed is not None:
+                chosen["stream"] = True
             body["kv_transfer_params"][PD_REFERENCE] = chosen
         try:
             answer = await self._services.upstream.post_json(
@@ -308,8 +301,11 @@ class Exchange:
         with self._elsewhere():
             return await self._services.desk.place(role, work, self._tried)
 
-    async def _decode(self, ticket: Ticket) -> web.StreamResponse:
-        transfer = self._held.transfer if self._held else None
+    async def _decode(
+        self, ticket: Ticket, transfer: Mapping[str, Any] | None = None
+    ) -> web.StreamResponse:
+        if transfer is None and self._held is not None:
+            transfer = self._held.transfer
         path, body = self._call.path, decode_body(self._call, transfer)
         if self._sent is not None:
             path, body = COMPLETIONS, self._sent.continued_body(transfer)

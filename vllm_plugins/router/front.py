@@ -15,6 +15,7 @@ from vllm_plugins.router.answers import RefusedError, error_body
 from vllm_plugins.router.bodies import CHAT, COMPLETIONS, Call, parse_body
 from vllm_plugins.router.client import Client
 from vllm_plugins.router.exchange import Exchange
+from vllm_plugins.router.layered import LayeredExchange
 from vllm_plugins.router.listen import headers_in_time
 from vllm_plugins.router.upstream import (
     InstanceError,
@@ -80,7 +81,8 @@ class Front:
         """Serve a request; return its answer and how it ended, one of ``OUTCOMES``."""
         try:
             call = await self._read(request, request_id)
-            return await Exchange(self._services, call, client).run(), "complete"
+            kind = LayeredExchange if self._services.settings.stream_layers else Exchange
+            return await kind(self._services, call, client).run(), "complete"
         except RejectedError as rejected:
             outcome = "broken" if client.begun else "rejected"
             return await self._reject(client, rejected), outcome

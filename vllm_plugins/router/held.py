@@ -11,6 +11,7 @@ import logging
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_plugins.router.metrics import RouterMetrics
@@ -25,6 +26,21 @@ MAX_WAITING = 1024
 
 Release = Callable[[Mapping[str, Any], bytes | None], None]
 """Sends the message to every peer of a reference; blocks, and raises what went wrong."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A prompt that a prefill instance has computed.
+
+    Attributes:
+        transfer: ``kv_transfer_params`` of its answer; None where it holds nothing.
+        prompt_tokens: Length of the prompt as it counted it.
+        until: Monotonic time in seconds from which on it may hold the KV no longer.
+    """
+
+    transfer: Mapping[str, Any] | None
+    prompt_tokens: int
+    until: float
 
 
 class Releaser:

@@ -28,6 +28,7 @@ class RouterSettings:
     port: int = 8000
     dispatch: str = "backlog"
     first_token: Literal["decode", "prefill"] = "decode"
+    stream_layers: bool = False
     retries: int = 1
     request_timeout_s: float = 600.0
     stall_timeout_s: float = 60.0
@@ -64,6 +65,7 @@ class RouterSettings:
         """
         self._check_instances()
         self._check_roles()
+        self._check_stream_layers()
         if not is_loopback(self.host) and self.admin_key_file is None:
             raise PluginError(
                 f"--host {self.host}",
@@ -101,6 +103,19 @@ class RouterSettings:
                         "name each instance once; with --roles soft it takes other roles by itself",
                     )
                 seen[url] = option
+
+    def _check_stream_layers(self) -> None:
+        if self.stream_layers and self.first_token == "prefill":
+            raise PluginError(
+                "--stream-layers",
+                "asks both instances at once, and with --first-token prefill the second one is "
+                "asked with the first one's token",
+                "drop one of the two",
+            )
+        if self.stream_layers and not self.decode:
+            raise PluginError(
+                "--stream-layers", "nothing is handed over without --decode", "drop it"
+            )
 
     def _check_roles(self) -> None:
         stages = [urls for urls in (self.prefill, self.decode, self.encode) if urls]
