@@ -136,12 +136,17 @@ def through(params: dict[str, Any], address: Address) -> dict[str, Any]:
     return changed
 
 
-@contextlib.contextmanager
-def routed(pair: Pair, log: Path, *arguments: str) -> Iterator[str]:
+def routed(pair: Pair, log: Path, *arguments: str) -> contextlib.AbstractContextManager[str]:
     """Run the router in front of a pair, and give its address."""
+    return router(log, "--prefill", pair.prefill.url, "--decode", pair.decode.url, *arguments)
+
+
+@contextlib.contextmanager
+def router(log: Path, *arguments: str) -> Iterator[str]:
+    """Run the router, and give its address."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     command = [sys.executable, "-m", "vllm_plugins.cli.main", "route", "--port", str(port),
-               "--prefill", pair.prefill.url, "--decode", pair.decode.url, *arguments]  # fmt: skip
+               *arguments]  # fmt: skip
     with logged_process(command, log) as process:
         for _ in range(600):
             with contextlib.suppress(OSError):
