@@ -10,17 +10,15 @@ import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from vllm_plugins.arguments import EngineArguments
 from vllm_plugins.errors import PluginError
 from vllm_plugins.registry import Enabled, enable, entry_points
 from vllm_plugins.settings import KEY, PluginSettings, enabled_plugins, requested
 from vllm_plugins.spec import PluginSpec, parse_specs
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 _HOOKED = "_vllm_plugins_flag"
 
@@ -62,28 +60,33 @@ def _install_checks(engine_args: type[Any]) -> None:
 
     @functools.wraps(create_engine_config)
     def create_engine_config_with_checks(self: Any, *args: Any, **kwargs: Any) -> Any:
-        config = create_engine_config(self, *args, **kwargs)
-        _check(config)
+        with _in_one_line(self.additional_config):
+            config = create_engine_config(self, *args, **kwargs)
+            if requested(config.additional_config):
+                enabled_plugins(config)
         return config
 
     engine_args.create_engine_config = create_engine_config_with_checks
 
 
-def _check(config: VllmConfig) -> None:
+@contextmanager
+def _in_one_line(additional_config: Any) -> Iterator[None]:
     """Let each plug-in that is on look at the complete configuration, in the front end.
 
     An engine in a process of its own would refuse too, but out of sight: its front end only says
     that the engine did not start.
+
+    Args:
+        additional_config: The engine's, which knows whether a command is to start it.
 
     Raises:
         PluginError: A plug-in cannot run in this engine, which was started from Python.
         SystemExit: The same for an engine of a command; the message is one line.
     """
     try:
-        if requested(config.additional_config):
-            enabled_plugins(config)
+        yield
     except PluginError as error:
-        entry = config.additional_config[KEY]
+        entry = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
         if isinstance(entry, PluginSettings) and entry.from_command:
             raise _refusal(error) from None
         raise
@@ -210,6 +213,7 @@ def configure(
     arguments = EngineArguments(current, defaults)
     for item in enabled:
         arguments.plugin = item.plugin.name
+        item.plugin.enter_process(item.options)
         item.plugin.configure(item.options, arguments)
     additional = dict(current.get("additional_config") or {})
     additional[KEY] = PluginSettings.of(enabled)

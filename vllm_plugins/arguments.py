@@ -75,3 +75,13 @@ class EngineArguments:
             )
         self._owners.setdefault(name, self.plugin)
         self.changes[name] = value
+
+    def extend(self, name: str, value: Any) -> None:
+        """Set an argument to a value that contains what it was before.
+
+        Args:
+            name: The argument.
+            value: Made of ``get(name)`` and what the plug-in adds.
+        """
+        self._owners.setdefault(name, self.plugin)
+        self.changes[name] = value

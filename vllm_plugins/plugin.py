@@ -106,6 +106,13 @@ class Plugin:
             PluginError: The user has set one of them to something else.
         """
 
+    def enter_process(self, options: Any) -> None:
+        """Prepare a process before it makes anything of the engine's configuration.
+
+        Runs in the front end and in every process that is sent the configuration, perhaps more than
+        once in each. It may register names with vLLM, and must leave those that it has alone.
+        """
+
     def check(self, options: Any, config: VllmConfig) -> None:
         """Refuse a model or an engine configuration that the plug-in cannot serve.
 

@@ -49,11 +49,22 @@ class PluginSettings(str):
 
     def __reduce__(
         self,
-    ) -> tuple[type[PluginSettings], tuple[str, dict[str, dict[str, Any]], bool]]:
-        return (type(self), (str(self), self.options, self.from_command))
+    ) -> tuple[Any, tuple[str, dict[str, dict[str, Any]], bool]]:
+        return (_received, (str(self), self.options, self.from_command))
 
     def __repr__(self) -> str:
         return repr(self.options)
+
+
+def _received(graph: str, options: dict[str, dict[str, Any]], from_command: bool) -> PluginSettings:
+    """Return settings in the process that they were sent to, which plug-ins enter first.
+
+    Of an engine's processes only the workers know plug-ins otherwise, and the engine's own asks
+    vLLM for the model's class.
+    """
+    for item in enable([PluginSpec(name, values) for name, values in options.items()]):
+        item.plugin.enter_process(item.options)
+    return PluginSettings(graph, options, from_command)
 
 
 def requested(additional_config: Any) -> list[PluginSpec]:

@@ -13,23 +13,29 @@ from typing import Any
 from build_once import CACHE, build_once
 
 IMAGE_TOKEN = 3
+PIXELS = 56
 PATCHES = 16
-"""Embeddings of one LLaVA image: 56 pixels in patches of 14."""
+"""Embeddings of one LLaVA image of 56 by 56 pixels, in patches of 14."""
 WIDTH = 128
 VOCAB = 64
 FORMAT = 1
 
 
-def tiny_llava(width: int = WIDTH, layers: int = 2, positions: int = 1024) -> Path:
+def tiny_llava(
+    width: int = WIDTH, layers: int = 2, positions: int = 1024, pixels: int = PIXELS
+) -> Path:
     """Return a tiny random LLaVA; word `t7` is token 7 and an image is token `IMAGE_TOKEN`.
 
     Args:
         width: Of the language model's hidden state.
         layers: Of the language model.
         positions: Longest prompt and answer, in tokens.
+        pixels: Height and width of an image, which has an embedding for each 14 by 14 of them.
     """
     shape = {"width": width, "layers": layers, "positions": positions}
     name = f"tiny-llava-{width}-{layers}-{positions}"
+    if pixels != PIXELS:
+        shape["pixels"], name = pixels, f"{name}-{pixels}"
     return build_once(
         CACHE / name, {"format": FORMAT, **shape}, lambda folder: _build_llava(folder, **shape)
     )
@@ -40,7 +46,9 @@ def tiny_qwen2_vl() -> Path:
     return build_once(CACHE / "tiny-qwen2-vl", {"format": FORMAT}, _build_qwen2_vl)
 
 
-def _build_llava(folder: Path, width: int, layers: int, positions: int) -> None:
+def _build_llava(
+    folder: Path, width: int, layers: int, positions: int, pixels: int = PIXELS
+) -> None:
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
     from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
@@ -50,7 +58,7 @@ def _build_llava(folder: Path, width: int, layers: int, positions: int) -> None:
         intermediate_size=192,
         num_hidden_layers=2,
         num_attention_heads=4,
-        image_size=56,
+        image_size=pixels,
         patch_size=14,
         projection_dim=96,
     )
@@ -82,15 +90,15 @@ def _build_llava(folder: Path, width: int, layers: int, positions: int) -> None:
     _save(model, folder, ("vision_tower.", "vision_tower.vision_model."))
     tokenizer = _tokenizer({"<image>": IMAGE_TOKEN})
     tokenizer.save_pretrained(folder)
-    _save_llava_processor(tokenizer, folder)
+    _save_llava_processor(tokenizer, folder, pixels)
 
 
-def _save_llava_processor(tokenizer: Any, folder: Path) -> None:
+def _save_llava_processor(tokenizer: Any, folder: Path, size: int) -> None:
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     pixels = CLIPImageProcessor(
-        size={"height": 56, "width": 56},
-        crop_size={"height": 56, "width": 56},
+        size={"height": size, "width": size},
+        crop_size={"height": size, "width": size},
         do_center_crop=False,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,

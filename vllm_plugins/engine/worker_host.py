@@ -11,7 +11,7 @@ from the platform's own worker, because which one that is can only be asked wher
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from vllm_plugins.plugin import WorkerPlugin
 from vllm_plugins.settings import enabled_plugins
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -64,6 +65,11 @@ class RunnerView:
         """Return the attention module of a layer, which holds its ``kv_cache`` and ``impl``."""
         return self.config.compilation_config.static_forward_context[name]
 
+    @property
+    def draft_model(self) -> Any:
+        """The model that drafts for this one, as it is without vLLM's wrappers for graphs."""
+        return self.runner.get_draft_model()
+
     def media_spans(self, common: CommonAttentionMetadata) -> list[list[tuple[int, int]]]:
         """Return where each request of a step has embeddings of media items among its tokens.
 
@@ -73,18 +79,44 @@ class RunnerView:
         Returns:
             For each request, in the step's order, positions [start, end) of each item, ascending.
         """
-        if self.config.use_v2_model_runner:
-            assert common.req_idx is not None
-            names = map(self.runner.req_states.index_to_req_id.get, common.req_idx.tolist())
-            held = self.runner.encoder_cache.mm_features
-            features = [held.get(name, ()) for name in names]
-        else:
-            requests = self.runner.requests
-            features = [requests[name].mm_features for name in self.runner.input_batch.req_ids]
         return [
             [(first, last + 1) for f in own for first, last in f.mm_position.extract_embeds_range()]
-            for own in features
+            for _, own in self.media_features(common)
         ]
+
+    def media_features(self, common: CommonAttentionMetadata) -> list[tuple[int, Sequence[Any]]]:
+        """Return each request's prompt length in tokens and its media items, in the step's order.
+
+        Args:
+            common: The step's metadata.
+        """
+        if self.config.use_v2_model_runner:
+            assert common.req_idx is not None
+            rows, states = common.req_idx.tolist(), self.runner.req_states
+            held = self.runner.encoder_cache.mm_features
+            names = map(states.index_to_req_id.get, rows)
+            lengths = states.prompt_len.np
+            return [
+                (int(lengths[row]), held.get(name, ()))
+                for row, name in zip(rows, names, strict=True)
+            ]
+        requests = map(self.runner.requests.__getitem__, self.runner.input_batch.req_ids)
+        return [(request.num_prompt_tokens, request.mm_features) for request in requests]
+
+    def prompt_lengths(self, common: CommonAttentionMetadata) -> np.ndarray:
+        """Return the length of each request's prompt in tokens, in the step's order.
+
+        Args:
+            common: The step's metadata.
+
+        Returns:
+            int32, shape (requests,); without entries where a batch is a dummy.
+        """
+        if self.config.use_v2_model_runner:
+            assert common.req_idx is not None
+            return self.runner.req_states.prompt_len.np[common.req_idx]
+        batch = self.runner.input_batch
+        return batch.num_prompt_tokens[: batch.num_reqs]
 
 
 class WorkerListener:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
+from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 
 from vllm_plugins.engine.block_holes.plan import Hole, StepPlan, plan_step
@@ -59,15 +60,16 @@ def compact_rows(view: HoleView, layers: Sequence[str], plan: StepPlan) -> Itera
     """
     context = get_forward_context()
     metadata, slots = dict(context.attn_metadata), dict(context.slot_mapping)
-    for builder in view.builders:
+    for builder in {id(found): found for found in map(view.builder_of, layers)}.values():
         own = [name for name in layers if name in builder.layer_names]
-        if own:
-            built, slots_of_rows = builder.hole_hide(plan)
-            metadata.update(dict.fromkeys(own, built))
-            slots.update(dict.fromkeys(own, slots_of_rows))
-    before = context.attn_metadata, context.slot_mapping
+        built, slots_of_rows = builder.hole_hide(plan)
+        metadata.update(dict.fromkeys(own, built))
+        slots.update(dict.fromkeys(own, slots_of_rows))
+    before = context.attn_metadata, context.slot_mapping, context.cudagraph_runtime_mode
     context.attn_metadata, context.slot_mapping = metadata, slots
+    # Graphs were captured for other numbers of rows.
+    context.cudagraph_runtime_mode = CUDAGraphMode.NONE
     try:
         yield
     finally:
-        context.attn_metadata, context.slot_mapping = before
+        context.attn_metadata, context.slot_mapping, context.cudagraph_runtime_mode = before

@@ -9,7 +9,7 @@ between are the hole.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -60,6 +60,15 @@ class Hole:
         """Tokens of the span that the layers above see."""
         return self.selected + self.tail
 
+    def in_blocks_of(self, size: int) -> Hole:
+        """Return the same hole in smaller blocks, such as an attention kernel's.
+
+        Args:
+            size: Tokens of a block, which divides this hole's.
+        """
+        split = self.block_size // size
+        return Hole(self.start, self.end, self.first_block * split, self.blocks * split, size)
+
 
 def plan_hole(start: int, end: int, wanted: int, block_size: int) -> Hole:
     """Plan the largest hole that leaves at least the wanted number of tokens.
@@ -85,18 +94,24 @@ class Choice:
     Attributes:
         first_row: Step's row of the first candidate.
         candidates: Number of rows to choose from.
+        present: Rows of the span in the step, from the first candidate on; its tail is among them.
         selected: Number of rows to choose.
         at: Index in ``StepPlan.rows`` of the first chosen row.
         request: Row of the batch, that is, of the block table.
         hole: The span's hole.
+        request_row: Step's row at which the request begins.
+        after: Step's rows [first, last) behind the request's last span, perhaps none.
     """
 
     first_row: int
     candidates: int
+    present: int
     selected: int
     at: int
     request: int
     hole: Hole
+    request_row: int
+    after: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -109,12 +124,14 @@ class StepPlan:
         starts: Index in ``rows`` at which each request begins, and m; int32, shape (requests + 1,).
         choices: One for each span of which some rows are chosen.
         hidden: Batch row and column of each block-table entry that becomes a hole, int64, (2, h).
+        block_size: Tokens of these blocks.
     """
 
     rows: np.ndarray
     starts: np.ndarray
     choices: tuple[Choice, ...]
     hidden: np.ndarray
+    block_size: int = 0
 
     @property
     def longest(self) -> int:
@@ -138,8 +155,9 @@ def plan_step(
         ends: Length of each request's sequence after the step; int, shape (requests,).
     """
     keep = np.ones(int(starts[-1]), bool)
-    heads: list[tuple[int, int, int, int, Hole]] = []
+    heads: list[Choice] = []
     hidden: list[np.ndarray] = []
+    size = 0
     for request, of_request in enumerate(holes):
         # Adding it to a position gives the row.
         shift = int(starts[request + 1]) - int(ends[request])
@@ -153,7 +171,19 @@ def plan_step(
             hidden.append(np.stack((np.full_like(columns, request), columns)))
             head = max(hole.start, computed)
             if head < hole.begin:
-                heads.append((head + shift, behind - head, hole.begin - head, request, hole))
+                heads.append(
+                    Choice(
+                        first_row=head + shift,
+                        candidates=behind - head,
+                        present=min(hole.end, end) - head,
+                        selected=hole.begin - head,
+                        at=0,
+                        request=request,
+                        hole=hole,
+                        request_row=computed + shift,
+                        after=(min(of_request[-1].end, end) + shift, end + shift),
+                    )
+                )
     if not hidden:
         return None
     rows = np.flatnonzero(keep)
@@ -161,8 +191,9 @@ def plan_step(
     return StepPlan(
         rows,
         np.searchsorted(rows, starts).astype(np.int32),
-        tuple(Choice(row, n, m, int(index[row]), request, h) for row, n, m, request, h in heads),
+        tuple(replace(choice, at=int(index[choice.first_row])) for choice in heads),
         np.concatenate(hidden, axis=1),
+        size,
     )
 
 
@@ -171,3 +202,24 @@ def _drops(hole: Hole, computed: int, end: int) -> bool:
     if not hole.blocks or computed >= hole.behind or end <= hole.begin:
         return False
     return hole.start < computed or hole.end <= end
+
+
+def without_rows(plan: StepPlan | None, starts: np.ndarray, dropped: np.ndarray) -> StepPlan:
+    """Return a plan that leaves further rows out, such as tokens that are no longer seen.
+
+    Args:
+        plan: Of the same step, or None where all of its rows went on.
+        starts: Row at which each request begins, and their number; int, shape (requests + 1,).
+        dropped: Rows to leave out, none of which is among those to choose from; int, shape (d,).
+    """
+    rows = np.arange(int(starts[-1])) if plan is None else plan.rows
+    left = np.setdiff1d(rows, dropped, assume_unique=True)
+    choices = () if plan is None else plan.choices
+    hidden = np.empty((2, 0), np.int64) if plan is None else plan.hidden
+    return StepPlan(
+        left,
+        np.searchsorted(left, starts).astype(np.int32),
+        tuple(replace(c, at=int(np.searchsorted(left, c.first_row))) for c in choices),
+        hidden,
+        0 if plan is None else plan.block_size,
+    )

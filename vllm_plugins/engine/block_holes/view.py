@@ -16,6 +16,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.v1.attention.backend import subclass_attention_backend
 
@@ -34,11 +35,20 @@ class HoleView:
     Attributes:
         spans: Reads the media spans of each request of a step's batch, in its order; set once the
             KV cache exists.
-        builders: One for each attention group of these layers.
+        builders: All of these layers. A draft model's layers have two: the runner's, and one that
+            its drafter made.
+        built: By the name of a layer's attention, the builder that built for it last.
+        flags: Whether each block is a hole, on the device, by the size of these blocks in tokens;
+            bool, shape (blocks,). The builders share them.
+        null_is_hole: Whether an entry of the engine's own table that is the null block is a hole:
+            a block that is given back to the pool may be written by another request.
     """
 
     spans: Callable[[CommonAttentionMetadata], Sequence[Sequence[Span]]] | None = None
     builders: list[Any] = field(default_factory=list)
+    built: dict[str, Any] = field(default_factory=dict)
+    flags: dict[int, torch.Tensor] = field(default_factory=dict)
+    null_is_hole: bool = False
 
     def on_kv_cache_ready(self, runner: RunnerView) -> None:
         """Make the flags; until then the layers see the engine's own tables."""
@@ -48,15 +58,12 @@ class HoleView:
             builder.hole_make_flags(blocks)
 
     def builder_of(self, layer: str) -> Any:
-        """Return the builder of a layer, by the name of its attention.
+        """Return the builder that built for a layer last, by the name of its attention.
 
         Raises:
-            KeyError: The layer has no view.
+            KeyError: None has; the layer may have no view.
         """
-        for builder in self.builders:
-            if layer in builder.layer_names:
-                return builder
-        raise KeyError(layer)
+        return self.built[layer]
 
 
 class HoleBuilder:
@@ -75,20 +82,26 @@ class HoleBuilder:
         # Some builders set it on the instance.
         self.supports_draft_decode_metadata_update = False
         self.hole_flags: torch.Tensor | None = None
+        # Blocks of the attention kernel in one of the KV cache manager's.
+        self.hole_split = 1
         self.hole_buffers: CompactTables | None = None
         self.hole_step: CommonAttentionMetadata | None = None
         self.hole_view.builders.append(self)
 
     def hole_make_flags(self, blocks: int) -> None:
-        """Allocate one flag for each block of the attention kernel.
+        """Take one flag for each block of the attention kernel.
 
         Args:
             blocks: Blocks of the KV cache manager.
         """
         layers = self.vllm_config.compilation_config.static_forward_context  # type: ignore[attr-defined]
         managed = layers[self.layer_names[0]].get_kv_cache_spec(self.vllm_config).block_size  # type: ignore[attr-defined]
-        split = managed // self.kv_cache_spec.block_size
-        self.hole_flags = torch.zeros(blocks * split, dtype=torch.bool, device=self.device)
+        size = self.kv_cache_spec.block_size
+        self.hole_split = managed // size
+        if size not in self.hole_view.flags:
+            flags = torch.zeros(blocks * managed // size, dtype=torch.bool, device=self.device)
+            self.hole_view.flags[size] = flags
+        self.hole_flags = self.hole_view.flags[size]
 
     def build(
         self,
@@ -102,12 +115,15 @@ class HoleBuilder:
         Blocks that the step writes are holes no more, unless `hide` says so later in the step.
         """
         self.hole_step = common_attn_metadata
+        self.hole_view.built.update(dict.fromkeys(self.layer_names, self))
         if self.hole_flags is None:
             return self._hole_build(common_attn_metadata, fast_build, **kwargs)
         block_size = self.kv_cache_spec.block_size
         # Padding has slot -1, which stands for the null block.
         written = common_attn_metadata.slot_mapping.clamp_min(0) // block_size
         self.hole_flags[written] = False
+        if self.hole_view.null_is_hole:
+            self.hole_flags[: self.hole_split] = True
         return self._hole_build(self.hole_compact(common_attn_metadata), fast_build, **kwargs)
 
     def _hole_build(self, common: CommonAttentionMetadata, fast: bool, **kwargs: Any) -> Any:
@@ -145,13 +161,31 @@ class HoleBuilder:
         flags[common.block_table_tensor[hidden[0], hidden[1]].long()] = True
         seen = self.hole_compact(common)
         rows = torch.from_numpy(plan.rows).to(self.device, non_blocking=True)
-        starts = torch.from_numpy(plan.starts)
+        # A batch may be padded with requests that have no rows.
+        starts = torch.from_numpy(
+            np.pad(plan.starts, (0, common.num_reqs + 1 - len(plan.starts)), mode="edge")
+        )
         seen.query_start_loc_cpu = starts
         seen.query_start_loc = starts.to(self.device, non_blocking=True)
         seen.num_actual_tokens, seen.max_query_len = len(plan.rows), plan.longest
-        seen.slot_mapping = common.slot_mapping[rows]
+        seen.slot_mapping = self.hole_slots(common, seen, rows)
         seen.positions = None
         return self._hole_build(seen, False), seen.slot_mapping
+
+    def hole_slots(
+        self, common: CommonAttentionMetadata, seen: CommonAttentionMetadata, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the slots that rows of a step write.
+
+        Args:
+            common: The step's metadata.
+            seen: Of the rows that are left.
+            rows: These rows, int64, shape (m,).
+
+        Returns:
+            int64, shape (m,): the tokens' own, for all tokens behind a hole have kept theirs.
+        """
+        return common.slot_mapping[rows]
 
 
 @dataclass(frozen=True)
@@ -206,14 +240,17 @@ class CompactTables:
         return tables[:, :width], seen
 
 
-def with_holes(backend: type[AttentionBackend], view: HoleView) -> type[AttentionBackend]:
+def with_holes(
+    backend: type[AttentionBackend], view: HoleView, mixin: type[HoleBuilder] = HoleBuilder
+) -> type[AttentionBackend]:
     """Return an attention backend whose layers see the blocks of a view.
 
     Args:
         backend: The layers' own backend.
         view: Shared by all layers that are given the returned class.
+        mixin: What is put before the backend's metadata builder.
     """
     builder = backend.get_builder_cls()
     members = {"hole_view": view, "__module__": __name__}
-    hole_builder = type(f"Hole{builder.__name__}", (HoleBuilder, builder), members)
+    hole_builder = type(f"Hole{builder.__name__}", (mixin, builder), members)
     return subclass_attention_backend("Hole", backend, hole_builder)

@@ -1,0 +1,184 @@
+"""A tiny LLaVA with 256 image tokens, and random drafters for it."""
+
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from build_once import CACHE, build_once
+from vision import IMAGE_TOKEN, VOCAB, tiny_llava
+
+from tests.models import make_engine
+from vllm_plugins import engine_args
+
+PIXELS = 224
+GRID = 16
+PATCHES = GRID * GRID
+BLOCK = 32
+SHARP = 3.0
+FORMAT = 3
+
+
+def target() -> Path:
+    """Return a LLaVA with 256 embeddings of an image, which looks at few tokens at a time.
+
+    Attention of random weights is near the mean of all tokens, and 256 of them make every answer
+    the same.
+    """
+    return build_once(CACHE / "tiny-llava-sharp", {"format": FORMAT, "sharp": SHARP}, _sharpen)
+
+
+def _sharpen(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = tiny_llava(layers=2, positions=2048, pixels=PIXELS)
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    weights = load_file(source / "model.safetensors")
+    for name in weights:
+        if "language_model" in name and name.endswith(("q_proj.weight", "k_proj.weight")):
+            weights[name] *= SHARP
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def plain_target() -> Any:
+    """Return the target in transformers, float32."""
+    from safetensors.torch import load_file
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration(LlavaConfig.from_pretrained(target())).eval()
+    weights = load_file(target() / "model.safetensors")
+    # vLLM knows the tower under the name that transformers has since dropped.
+    plain = {
+        k.replace("vision_tower.vision_model.", "vision_tower."): v for k, v in weights.items()
+    }
+    own = model.state_dict().keys()
+    model.load_state_dict({k: weights.get(k, plain.get(k)) for k in own})
+    return model
+
+
+def drafter(**settings: Any) -> Path:
+    """Return a random drafter for it, with what its block `specvlm` says."""
+    named = "-".join(f"{key}{value}" for key, value in sorted(settings.items()))
+    described = {"format": FORMAT, "settings": settings}
+    folder = CACHE / f"tiny-specvlm-{named}"
+    return build_once(folder, described, lambda made: _build(made, settings))
+
+
+def _build(folder: Path, settings: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
+    from vllm_plugins.spec_decode.specvlm.checkpoint import save_drafter
+    from vllm_plugins.spec_decode.specvlm.drafter import DrafterShape, EagleDrafter
+    from vllm_plugins.spec_decode.specvlm.settings import SpecVLMSettings
+
+    block = SpecVLMSettings(grid=(GRID, GRID), block_size=BLOCK, gate_width=32, **settings)
+    text = AutoConfig.from_pretrained(target()).get_text_config()
+    torch.manual_seed(1)
+    made = EagleDrafter(DrafterShape.of_target(text), block)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            # Large, so that what is drafted depends on every row.
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    save_drafter(folder, made, text, torch.float32)
+
+
+def engine(options: dict[str, Any] | None = None, **arguments: Any) -> Any:
+    """Run the target, with the plug-in where there are options; `model` is a random drafter."""
+    plugin: dict[str, Any] = {}
+    if options is not None:
+        plugin = engine_args("specvlm", **{"model": str(drafter())} | options)
+    defaults = {
+        "block_size": BLOCK,
+        "max_num_seqs": 8,
+        "seed": 0,
+        "limit_mm_per_prompt": {"image": 3},
+    }
+    return make_engine(target(), **defaults | plugin | arguments)
+
+
+def picture(seed: int) -> Any:
+    """Return an image whose patches have random colours, each one of its own."""
+    from PIL import Image
+
+    colours = np.random.default_rng(seed).integers(0, 256, (GRID, GRID, 3), np.uint8)
+    return Image.fromarray(colours).resize((PIXELS, PIXELS), Image.Resampling.NEAREST)
+
+
+def prompt(parts: list[int | str]) -> dict[str, Any]:
+    """Return a prompt: a number n is n words, a string an image of its own."""
+    ids: list[int] = []
+    images = []
+    for place, part in enumerate(parts):
+        if isinstance(part, str):
+            ids.append(IMAGE_TOKEN)
+            images.append(picture(sum(map(ord, part))))
+        else:
+            ids += np.random.default_rng([place, part]).integers(5, VOCAB, part).tolist()
+    made: dict[str, Any] = {"prompt_token_ids": [1, *ids]}
+    if images:
+        made["multi_modal_data"] = {"image": images}
+    return made
+
+
+def number_of_images(made: dict[str, Any]) -> int:
+    """Return how many images a prompt has."""
+    return len(made.get("multi_modal_data", {}).get("image", ()))
+
+
+def greedy(llm: Any, prompts: list[dict[str, Any]], tokens: int = 24, **sampling: Any) -> list[Any]:
+    """Return the tokens of each answer."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, **sampling)
+    results = llm.generate(prompts, params, use_tqdm=False)
+    return [list(result.outputs[0].token_ids) for result in results]
+
+
+def drafter_of(llm: Any) -> Any:
+    """Return the live drafter of an engine."""
+    from tests.models import worker_of
+
+    return worker_of(llm).model_runner.get_draft_model()
+
+
+def use(llm: Any, **changes: Any) -> Any:
+    """Change the settings of a live drafter, with no cached prompt left, and return them."""
+    model = drafter_of(llm).model
+    settings = model.settings.model_copy(update=changes)
+    model.settings = model.image_rows._settings = model.compressor.settings = settings
+    assert llm.reset_prefix_cache()
+    return settings
+
+
+def assert_idle(llm: Any) -> None:
+    """Assert that requests which ended hold no block."""
+    from tests.models import scheduler_of
+
+    pool = scheduler_of(llm).kv_cache_manager.block_pool
+    # One block is vLLM's own, for padding.
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+
+
+@cache
+def plain_answers(tokens: int = 24) -> list[Any]:
+    """Return the target's own greedy answers to :data:`PROMPTS`."""
+    with engine() as llm:
+        return greedy(llm, PROMPTS, tokens)
+
+
+PROMPTS = [
+    prompt(parts)
+    for parts in (
+        [9, "a", 40],
+        [20],
+        [3, "b", 5, "c", 17],
+        ["d", 3],
+        [31, "e"],
+        [30, "f", 8],
+        [2, "g", "h", "i", 61],
+        [150],
+        [64, "j", 100],
+    )
+]

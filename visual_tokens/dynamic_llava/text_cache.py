@@ -1,0 +1,270 @@
+"""Answer tokens that the upper layers forget after their own step (section 3.3, equation 6).
+
+A token is always attended to by itself: it is written behind the last token that was kept, and if
+the text predictor does not keep it, the next one is written over it. So all that there is of a
+request is the number of tokens it has forgotten. It lies on the device under the id of the
+request's first block, which no other request has, because prefix caching is refused.
+
+Lower layers forget nothing. A request that is computed anew after preemption therefore has the
+same hidden states at layer l, and the predictor forgets the same tokens again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.distributed import get_tp_group
+from vllm.forward_context import get_forward_context
+
+from vllm_plugins.engine.block_holes.plan import without_rows
+from vllm_plugins.engine.block_holes.view import HoleBuilder, HoleView
+from vllm_plugins.visual_tokens.dynamic_llava.predictors import keeps
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from vllm_plugins.engine.block_holes.plan import StepPlan
+    from vllm_plugins.engine.worker_host import RunnerView
+
+
+@dataclass
+class TextView(HoleView):
+    """What the upper layers' builders share where answer tokens are forgotten.
+
+    Attributes:
+        forgotten: Answer tokens that a request has forgotten, by its first block; int32, shape
+            (blocks,).
+        prompts: Reads the length of each prompt of a step's batch.
+        batch: The step's requests, as the builders left them.
+    """
+
+    forgotten: torch.Tensor | None = None
+    prompts: Callable[[CommonAttentionMetadata], np.ndarray] | None = None
+    batch: Batch | None = None
+
+    def on_kv_cache_ready(self, runner: RunnerView) -> None:
+        """Make the flags and counters."""
+        super().on_kv_cache_ready(runner)
+        self.prompts = runner.prompt_lengths
+        [(_, flags)] = self.flags.items()
+        self.forgotten = torch.zeros(len(flags), dtype=torch.int32, device=flags.device)
+
+
+@dataclass
+class Batch:
+    """Persistent tensors of a step's requests, so that a captured graph finds them again.
+
+    Attributes:
+        firsts: Id of each request's first block, int64, shape (requests,).
+        prompts: Length of each prompt; int64, shape (requests,).
+        slots: Of the step's rows, int64, shape (rows,).
+        rows: 0, 1, 2, ..., int64, shape (rows,).
+    """
+
+    firsts: torch.Tensor
+    prompts: torch.Tensor
+    slots: torch.Tensor
+    rows: torch.Tensor
+    lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+
+    @classmethod
+    def empty(cls, requests: int, rows: int, device: torch.device) -> Batch:
+        """Allocate for so many requests and rows."""
+        integers = {"dtype": torch.int64, "device": device}
+        return cls(
+            torch.zeros(requests, **integers),
+            torch.zeros(requests, **integers),
+            torch.full((rows,), -1, **integers),
+            torch.arange(rows, **integers),
+        )
+
+
+class TextBuilder(HoleBuilder):
+    """Mixed in before a metadata builder: holes, and sequences shorter by what is forgotten."""
+
+    hole_view: TextView
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Build the metadata of a step, whose new requests have forgotten nothing."""
+        if self.hole_view.forgotten is not None:
+            self._text_enter(common_attn_metadata, self.hole_view.forgotten)
+        return super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
+
+    def _text_enter(self, common: CommonAttentionMetadata, forgotten: torch.Tensor) -> None:
+        """Remember who is in the step."""
+        view, requests = self.hole_view, common.num_reqs
+        if view.batch is None:
+            scheduler = self.vllm_config.scheduler_config  # type: ignore[attr-defined]
+            most = max(requests, scheduler.max_num_seqs)
+            rows = max(len(common.slot_mapping), scheduler.max_num_batched_tokens)
+            view.batch = Batch.empty(most, rows, self.device)
+        assert view.prompts is not None
+        batch, lengths = view.batch, view.prompts(common)[:requests]
+        firsts = batch.firsts[:requests].copy_(common.block_table_tensor[:requests, 0])
+        batch.lengths = lengths.astype(np.int64)
+        batch.prompts[: len(lengths)].copy_(torch.from_numpy(batch.lengths), non_blocking=True)
+        fresh = common.seq_lens[:requests] == common.query_start_loc[: requests + 1].diff()
+        forgotten[firsts] = forgotten[firsts].masked_fill_(fresh, 0)
+
+    def hole_compact(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        """Return a step's metadata with the tables, lengths and slots that these layers see."""
+        batch, forgotten = self.hole_view.batch, self.hole_view.forgotten
+        assert batch is not None and forgotten is not None
+        seen = super().hole_compact(common)
+        seen.seq_lens -= forgotten[batch.firsts[: common.num_reqs]]
+        slots = batch.slots[: len(common.slot_mapping)]
+        mine = self._text_slots(seen, batch.rows[: len(slots)])
+        # Padding has no slot.
+        slots.copy_(torch.where(common.slot_mapping < 0, common.slot_mapping, mine))
+        seen.slot_mapping = slots
+        return seen
+
+    def _text_slots(self, seen: CommonAttentionMetadata, rows: torch.Tensor) -> torch.Tensor:
+        """Return the slots of rows, which are the last that their requests see.
+
+        Args:
+            seen: Tables, lengths and where each request's rows end.
+            rows: 0, 1, 2, ..., int64, shape (rows,).
+        """
+        size = self.kv_cache_spec.block_size
+        ends = seen.query_start_loc[1 : seen.num_reqs + 1].long()
+        request = torch.searchsorted(ends, rows, right=True).clamp_(max=seen.num_reqs - 1)
+        place = (seen.seq_lens[request] - ends[request] + rows).clamp_min_(0)
+        blocks = seen.block_table_tensor[request, place // size]
+        return blocks.long() * size + place % size
+
+    def hole_slots(
+        self, common: CommonAttentionMetadata, seen: CommonAttentionMetadata, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the slots of the rows that are left, shape (m,)."""
+        assert self.hole_view.batch is not None
+        return self._text_slots(seen, self.hole_view.batch.rows[: len(rows)])
+
+
+class TextCache:
+    """Decides on answer tokens and keeps the counters.
+
+    Args:
+        view: The upper layers'.
+        layers: Names of their attentions.
+        predictor: P_OT: from (..., h) to logits (..., 2).
+    """
+
+    def __init__(self, view: TextView, layers: Sequence[str], predictor: nn.Module) -> None:
+        self._view = view
+        self._layers = layers
+        self._predictor = predictor
+
+    @property
+    def step(self) -> CommonAttentionMetadata | None:
+        """Metadata of the step whose forward pass is running, or None without a KV cache."""
+        context, name = get_forward_context(), self._layers[0]
+        if self._view.forgotten is None or not isinstance(context.attn_metadata, dict):
+            return None
+        if name not in context.attn_metadata:
+            return None
+        step: CommonAttentionMetadata | None = self._view.builder_of(name).hole_step
+        return step
+
+    @contextmanager
+    def own_slots(self) -> Iterator[None]:
+        """Let the upper layers write behind what they have kept, where all rows go on."""
+        context, batch = get_forward_context(), self._view.batch
+        if self.step is None or batch is None:
+            yield
+            return
+        before = context.slot_mapping
+        mine: dict[str, Any] = dict(before)
+        for name in self._layers:
+            mine[name] = batch.slots[: len(mine[name])]
+        context.slot_mapping = mine
+        try:
+            yield
+        finally:
+            context.slot_mapping = before
+
+    def forget_again(self, plan: StepPlan | None, hidden: torch.Tensor) -> StepPlan | None:
+        """Leave out answer tokens that a request computed anew had forgotten before.
+
+        Only after preemption does a step have answer tokens that are not their request's last row;
+        the number that is left out is not known on the host, which waits for it.
+
+        Args:
+            plan: Of the step so far.
+            hidden: Input of layer l, shape (tokens, h).
+
+        Returns:
+            The plan without those rows, whose requests have forgotten them.
+        """
+        step = self.step
+        if step is None or step.max_query_len == 1:
+            return plan
+        rows, request, starts = self._answers_computed_anew(step)
+        if not len(rows):
+            return plan
+        device = hidden.device
+        on_device = torch.from_numpy(rows).to(device)
+        kept = self._keeps(hidden[on_device]).cpu().numpy()
+        dropped, owner = rows[~kept], request[~kept]
+        if not len(dropped):
+            return plan
+        counts = np.bincount(owner, minlength=step.num_reqs).astype(np.int32)
+        self._forget(torch.from_numpy(counts).to(device))
+        return without_rows(plan, starts, dropped)
+
+    def _answers_computed_anew(
+        self, step: CommonAttentionMetadata
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return rows of answer tokens besides each request's last, their requests, and starts."""
+        batch = self._view.batch
+        assert batch is not None and step.seq_lens_cpu_upper_bound is not None
+        prompts = batch.lengths
+        requests = len(prompts)
+        starts = step.query_start_loc_cpu.numpy()[: requests + 1]
+        ends = step.seq_lens_cpu_upper_bound.numpy()[:requests]
+        rows = np.arange(int(starts[-1]))
+        request = np.searchsorted(starts[1:], rows, side="right")
+        position = rows - starts[1:][request] + ends[request]
+        chosen = (position >= prompts[request]) & (position < ends[request] - 1)
+        return rows[chosen], request[chosen], starts
+
+    def forget(self, positions: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Decide on each request's last row, if it is an answer token.
+
+        Args:
+            positions: Of the step's rows, int64, shape (tokens,).
+            hidden: Input of layer l, shape (tokens, h).
+        """
+        step, batch = self.step, self._view.batch
+        if step is None or batch is None:
+            return
+        requests = step.num_reqs
+        last = (step.query_start_loc[1 : requests + 1] - 1).clamp_min(0).long()
+        answer = positions[last] >= batch.prompts[:requests]
+        self._forget((answer & ~self._keeps(hidden[last])).int())
+
+    def _keeps(self, hidden: torch.Tensor) -> torch.Tensor:
+        kept = keeps(self._predictor(hidden))
+        group = get_tp_group()
+        if group.world_size > 1:
+            # Ranks may differ by rounding, and their caches would then be of different lengths.
+            kept = group.broadcast(kept.int(), src=0).bool()
+        return kept
+
+    def _forget(self, counts: torch.Tensor) -> None:
+        """Add to the counters of the step's requests, int32, shape (requests,)."""
+        view = self._view
+        assert view.forgotten is not None and view.batch is not None
+        view.forgotten.index_add_(0, view.batch.firsts[: len(counts)], counts)

@@ -1,0 +1,171 @@
+"""Memory mode: blocks that are holes are given back to the pool, in the layers that see holes.
+
+These layers get a KV cache spec of their own, and with it block tables of their own, whose manager
+runs in the engine's core. It is told token counts only, so a scheduler policy tells it where each
+request's media lie. The worker is not told at all: it writes the null block into its own tables
+where it makes holes, and the view takes the null block for a hole
+(`view.HoleView.null_is_hole`), for a block that is freed may soon be another request's.
+
+Prefix caching has to be off: a later request would find blocks of the lower layers without those
+of the upper.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
+
+from vllm_plugins.engine.policy import SchedulerPolicy
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.request import Request
+
+    from vllm_plugins.engine.block_holes.plan import Hole, Span, StepPlan
+    from vllm_plugins.engine.policy import SchedulerFacts
+    from vllm_plugins.engine.worker_host import RunnerView
+    from vllm_plugins.metrics import Metrics, MetricSpec
+
+# vLLM registers its own kinds on first use and takes a list that is not empty for theirs.
+KVCacheSpecRegistry._ensure_registered()  # noqa: SLF001
+
+_HOLES: dict[str, tuple[Hole, ...]] = {}
+"""Holes of the requests that an engine's core holds; a process has one core at a time."""
+
+
+class HoleManager(FullAttentionManager):
+    """Full attention whose holes are freed once their media item is computed."""
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Give a request's holes back to the pool.
+
+        Args:
+            request_id: The request.
+            processed_computed_tokens: Tokens whose steps are done.
+            num_prompt_tokens: Unused.
+        """
+        for hole in _HOLES.get(request_id, ()):
+            if processed_computed_tokens >= hole.end:
+                first = hole.first_block
+                self._remove_blocks_in_range(request_id, first, first + hole.blocks)
+
+
+@register_kv_cache_spec(manager_class=HoleManager)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HoleSpec(AttentionSpec):
+    """Full attention of layers that see holes; no kin of the other layers', so tables differ."""
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Return what a request of full length takes without holes, in bytes."""
+        length = vllm_config.model_config.max_model_len
+        return int(cdiv(length, self.block_size) * self.page_size_bytes)
+
+
+def give_hole_spec(attention: Any) -> None:
+    """Have a layer ask for a KV cache of its own kind; before the engine sizes the cache.
+
+    Args:
+        attention: vLLM's attention layer.
+    """
+    attention.get_kv_cache_spec = partial(_hole_spec, attention.get_kv_cache_spec)
+
+
+def _hole_spec(stock: Callable[[VllmConfig], Any], config: VllmConfig) -> HoleSpec:
+    spec = stock(config)
+    fields = (field.name for field in dataclasses.fields(HoleSpec) if field.init)
+    return HoleSpec(**{name: getattr(spec, name) for name in fields})
+
+
+class HolePolicy(SchedulerPolicy):
+    """Tells the manager where each request's holes are; decides nothing.
+
+    Args:
+        plan_span: Plans the hole of a span, as the worker does.
+        held: Gauge of blocks that requests would hold, but that are holes.
+    """
+
+    def __init__(self, plan_span: Callable[[Span], Hole], held: MetricSpec) -> None:
+        self._plan_span = plan_span
+        self._held = held
+        self._mine: dict[str, int] = {}
+        self.metrics = (held,)
+
+    def bind(self, facts: SchedulerFacts, metrics: Metrics) -> None:
+        """Begin an engine, without what an earlier one in this process may have left."""
+        super().bind(facts, metrics)
+        _HOLES.clear()
+
+    def added(self, request: Request, arrived: float) -> None:
+        """Plan the holes of a new request."""
+        spans = [
+            (first, last + 1)
+            for feature in request.mm_features
+            for first, last in feature.mm_position.extract_embeds_range()
+        ]
+        holes = tuple(hole for hole in map(self._plan_span, spans) if hole.blocks)
+        if holes:
+            _HOLES[request.request_id] = holes
+            self._mine[request.request_id] = sum(hole.blocks for hole in holes)
+            self.metric.set(self._held.name, sum(self._mine.values()))
+
+    def forget(self, request_ids: Collection[str]) -> None:
+        """Drop the holes of requests that are gone."""
+        for name in request_ids:
+            if self._mine.pop(name, None) is not None:
+                del _HOLES[name]
+        self.metric.set(self._held.name, sum(self._mine.values()))
+
+
+class FreedBlocks:
+    """Takes holes out of a worker's own tables; model runner V1.
+
+    Args:
+        runner: The worker's.
+        layers: Names of the attentions that see holes.
+    """
+
+    def __init__(self, runner: RunnerView, layers: Sequence[str]) -> None:
+        self._runner = runner.runner
+        groups = runner.kv_cache_config.kv_cache_groups
+        wanted = set(layers)
+        self._groups = {
+            index: group.kv_cache_spec.block_size
+            for index, group in enumerate(groups)
+            if wanted & set(group.layer_names)
+        }
+
+    def take_out(self, plan: StepPlan) -> None:
+        """Write the null block where a step makes holes; it takes effect in the next step.
+
+        Args:
+            plan: Of the step.
+        """
+        batch, requests = self._runner.input_batch, self._runner.requests
+        for group, size in self._groups.items():
+            for row, column in self._blocks(plan, size):
+                batch.block_table[group].block_table.np[row, column] = 0
+                # A request that leaves the batch for a while comes back with what is kept here.
+                requests[batch.req_ids[row]].block_ids[group][column] = 0
+
+    @staticmethod
+    def _blocks(plan: StepPlan, size: int) -> list[tuple[int, int]]:
+        """Return batch rows and columns of the manager's tables that become holes.
+
+        Args:
+            plan: Of the step, perhaps in an attention kernel's smaller blocks.
+            size: Tokens of a manager's block.
+        """
+        split = size // plan.block_size
+        return [(int(row), int(column) // split) for row, column in plan.hidden.T[::split]]
