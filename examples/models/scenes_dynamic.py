@@ -47,8 +47,8 @@ QUESTIONS_TOGETHER = 64
 # What the fixture was trained with; all else is the command's default.
 OPTIONS = {
     "--batch": "16",
-    "--lr": "2e-4",
-    "--predictor-lr": "1e-3",
+    "--lr": "1e-4",
+    "--predictor-lr": "2e-3",
     "--image-keep-rate": "0.2",
     "--text-keep-rate": "0.5",
     "--d-model": "64",

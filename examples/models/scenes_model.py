@@ -123,6 +123,7 @@ def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
         for name, tensor in model.state_dict().items()
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)
     make_processor().save_pretrained(folder)
 
 

@@ -22,7 +22,11 @@ FORMAT = 1
 
 
 def tiny_llava(
-    width: int = WIDTH, layers: int = 2, positions: int = 1024, pixels: int = PIXELS
+    width: int = WIDTH,
+    layers: int = 2,
+    positions: int = 1024,
+    pixels: int = PIXELS,
+    decoder: str = "llama",
 ) -> Path:
     """Return a tiny random LLaVA; word `t7` is token 7 and an image is token `IMAGE_TOKEN`.
 
@@ -31,11 +35,14 @@ def tiny_llava(
         layers: Of the language model.
         positions: Longest prompt and answer, in tokens.
         pixels: Height and width of an image, which has an embedding for each 14 by 14 of them.
+        decoder: Kind of the language model, "llama" or "qwen2".
     """
-    shape = {"width": width, "layers": layers, "positions": positions}
+    shape: dict[str, Any] = {"width": width, "layers": layers, "positions": positions}
     name = f"tiny-llava-{width}-{layers}-{positions}"
     if pixels != PIXELS:
         shape["pixels"], name = pixels, f"{name}-{pixels}"
+    if decoder != "llama":
+        shape["decoder"], name = decoder, f"{name}-{decoder}"
     return build_once(
         CACHE / name, {"format": FORMAT, **shape}, lambda folder: _build_llava(folder, **shape)
     )
@@ -47,10 +54,15 @@ def tiny_qwen2_vl() -> Path:
 
 
 def _build_llava(
-    folder: Path, width: int, layers: int, positions: int, pixels: int = PIXELS
+    folder: Path,
+    width: int,
+    layers: int,
+    positions: int,
+    pixels: int = PIXELS,
+    decoder: str = "llama",
 ) -> None:
     import torch
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2Config
     from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(
@@ -62,7 +74,7 @@ def _build_llava(
         patch_size=14,
         projection_dim=96,
     )
-    text = LlamaConfig(
+    text = (LlamaConfig if decoder == "llama" else Qwen2Config)(
         vocab_size=VOCAB,
         hidden_size=width,
         intermediate_size=2 * width,

@@ -32,6 +32,16 @@ QUESTION_KINDS = {"color", "what", "count", "where", "digit", "word", "exists", 
 PLACES = [f"{row} {column}" for row in ("top", "middle", "bottom")
           for column in ("left", "center", "right")]  # fmt: skip
 NUMBERS = ["zero", "one", "two", "three", "four"]
+SINGULAR = {
+    "things": "thing",
+    "circles": "circle",
+    "squares": "square",
+    "triangles": "triangle",
+    "diamonds": "diamond",
+    "crosses": "cross",
+    "digits": "digit",
+    "words": "word",
+}
 LARGEST_BYTES = 4e6
 
 
@@ -80,8 +90,7 @@ def answer(question: str, things: dict[str, dict[str, str]]) -> str:
     """Answer a question as a person would who was told what stands where."""
 
     def those(words: str) -> list[tuple[str, dict[str, str]]]:
-        wanted = {w.removesuffix("es") if w == "crosses" else w.removesuffix("s")
-                  for w in words.split()} - {"thing"}  # fmt: skip
+        wanted = {SINGULAR.get(word, word) for word in words.split()} - {"thing"}
         return [(p, t) for p, t in things.items() if wanted <= {t["colour"], t["kind"]}]
 
     def only(words: str) -> tuple[str, dict[str, str]]:
