@@ -58,12 +58,16 @@ def worker(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
 
 
-def counted(name: str) -> float:
-    """Return what a counter of the plug-ins has reached in this process, over all labels."""
+def counted(name: str, **labels: str) -> float:
+    """Return what a counter of the plug-ins has reached in this process, over all other labels."""
     from prometheus_client import REGISTRY
 
     samples = (s for metric in REGISTRY.collect() for s in metric.samples)
-    return sum(sample.value for sample in samples if sample.name == f"vllm_plugins:{name}")
+    return sum(
+        sample.value
+        for sample in samples
+        if sample.name == f"vllm_plugins:{name}" and labels.items() <= sample.labels.items()
+    )
 
 
 def generate(llm: Any, prompts: list[list[int]], tokens: int, **params: Any) -> list[Any]:

@@ -61,7 +61,6 @@ def compact(
     compressor: VisualCompressor,
     contents: Sequence[str | int],
     weights: torch.Tensor | None = None,
-    factor: torch.Tensor | None = None,
 ) -> CompactRows:
     """Compress the images of one prompt.
 
@@ -72,7 +71,6 @@ def compact(
         compressor: The drafter's.
         contents: What identifies each image, for the seed of pruning.
         weights: Of ``weighted``, shape (3,).
-        factor: What compressed rows are multiplied by: 1, with the gradient of a sampled pick.
     """
     parts, positions, sources, done = [], [], [], 0
     index = torch.arange(len(rows), device=rows.device)
@@ -83,7 +81,7 @@ def compact(
         seed = prune_seed(content, compressor.settings.seed)
         candidates = rows[hole.start : hole.behind]
         made, offsets = compressor(choice, candidates, hole.selected, seed, weights)
-        parts += [rows[done : hole.start], made if factor is None else made * factor]
+        parts += [rows[done : hole.start], made]
         positions += [index[done : hole.start], hole.start + offsets]
         sources += [index[done : hole.start], torch.full_like(offsets, -1)]
         done = hole.behind

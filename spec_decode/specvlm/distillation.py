@@ -7,8 +7,10 @@ target's feature f_{t+1} and its logits for token t + 2. Guesses, as the paper l
 
 - the loss is over rows from which serving drafts, those whose token t + 1 and t + 2 belong to an
   answer;
-- the gate's pick is one operator for each sample, drawn with Gumbel noise, and the compressed rows
-  carry the straight-through gradient;
+- the gate's pick is one operator for each sample, drawn with Gumbel noise. Every operator runs, and
+  their outputs are mixed by the straight-through pick: the drafter learns from the picked one, the
+  gate from how each would have changed the loss. Weighting the compressed rows instead would teach
+  the gate nothing, since the layer's input norm takes their length away;
 - the gate is pulled towards even use of the operators by a small term, which is not the paper's.
 """
 
@@ -56,18 +58,18 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class Picks:
-    """What is done to the images of each sample.
+    """What is done to the images of a batch.
 
     Attributes:
-        choices: One for each sample; None leaves images whole.
-        weights: Of ``weighted``, shape (3,), for each sample.
-        factors: That compressed rows are multiplied by, for each sample.
+        choices: Alternatives that every sample is run with; None leaves images whole.
+        mixture: How their outputs are mixed, shape (samples, alternatives).
+        weights: Of the parts of ``weighted``, shape (samples, 3), or None in other modes.
         logits: The gate's, shape (samples with an image, 5), or None without a gate.
     """
 
-    choices: list[Choice | None]
-    weights: list[torch.Tensor | None]
-    factors: list[torch.Tensor | None]
+    choices: tuple[Choice | None, ...]
+    mixture: torch.Tensor
+    weights: torch.Tensor | None = None
     logits: torch.Tensor | None = None
 
 
@@ -122,54 +124,56 @@ class Distillation(nn.Module):
         fused = self.drafter.fuse(rows.embeddings[:, 1:], rows.features[:, :-1])
         picks = self.pick(batch, rows.features, progress)
         compacts = self.compact(batch, fused, picks)
-        sources = pad_sequence([c.sources for c in compacts], True, -1)
-        positions = pad_sequence([c.positions for c in compacts], True, 0)
+        samples, runs = len(batch.input_ids), len(picks.choices)
         state = pad_sequence([c.rows for c in compacts], True)
+        positions = pad_sequence([c.positions for c in compacts], True, 0)
+        # Alternatives differ in what they make of an image, not in where the text lies.
+        sources = pad_sequence([c.sources for c in compacts[:samples]], True, -1)
         at = sources.clamp(min=0)[..., None].expand(-1, -1, state.shape[-1])
-        following = rows.embeddings[:, 1:].gather(1, at)
+        following = rows.embeddings[:, 1:].gather(1, at).repeat(runs, 1, 1)
         counted = answer_rows(batch).gather(1, sources.clamp(min=0)) & (sources >= 0)
         truth = rows.features[:, 1:].gather(1, at)
-        predictions = unroll(self.drafter, state, positions, self._steps, lambda _: following)
+        passes = unroll(self.drafter, state, positions, self._steps, lambda _: following)
+        predictions = (
+            torch.einsum("sr,rsnh->snh", picks.mixture.to(out.dtype), out.unflatten(0, (runs, -1)))
+            for out in passes
+        )
         return self._sum(predictions, truth, counted, picks)
 
     def pick(self, batch: Batch, features: torch.Tensor, progress: float) -> Picks:
         """Choose what is done to each sample's images."""
         settings, samples = self.drafter.settings, len(batch.input_ids)
-        nothing: list[torch.Tensor | None] = [None] * samples
+        alone = features.new_ones(samples, 1)
         if settings.mode not in ("select", "weighted"):
-            return Picks([settings.choice()] * samples, nothing, nothing)
+            return Picks((settings.choice(),), alone)
         ends = image_ends(batch.image_mask).tolist()
         lengths = batch.prompt_lengths.tolist()
         seen = [gate_inputs(features[i], max(1, lengths[i]), ends[i]) for i in range(samples)]
         logits = self.drafter.gate(*(torch.stack(parts) for parts in zip(*seen, strict=True)))
-        pictured = logits[batch.image_mask.any(1)]
+        pictured = batch.image_mask.any(1)
         if settings.mode == "weighted":
-            mixed = list(mixture(logits))
-            return Picks([settings.choice()] * samples, [*mixed], nothing, pictured)
-        pictured = restrict(pictured, settings.select_from)
+            return Picks((settings.choice(),), alone, mixture(logits), logits[pictured])
         logits = restrict(logits, settings.select_from)
-        picks, factors = sample_straight_through(logits, temperature(progress))
-        choices = [settings.choice(OPERATORS[index]) for index in picks.tolist()]
-        return Picks(choices, nothing, list(factors), pictured)
+        picked = sample_straight_through(logits, temperature(progress))
+        columns = [OPERATORS.index(name) for name in settings.select_from]
+        return Picks(settings.select_from, picked[:, columns], None, logits[pictured])
 
     def compact(self, batch: Batch, fused: torch.Tensor, picks: Picks) -> list[CompactRows]:
-        """Compress the images of each sample, and drop its padding."""
-        made = []
+        """Compress the images of each sample and drop its padding, alternative by alternative."""
         lengths, seeds = batch.attention_mask.sum(1).tolist(), batch.image_seeds.tolist()
-        for i, length in enumerate(lengths):
-            spans = [draft_span(*span) for span in image_spans(batch.image_mask[i])]
-            made.append(
-                compact(
-                    fused[i, : length - 1],
-                    spans,
-                    picks.choices[i],
-                    self.drafter.compressor,
-                    [seeds[i]] * len(spans),
-                    picks.weights[i],
-                    picks.factors[i],
-                )
+        spans = [[draft_span(*span) for span in image_spans(mask)] for mask in batch.image_mask]
+        return [
+            compact(
+                fused[i, : length - 1],
+                spans[i],
+                choice,
+                self.drafter.compressor,
+                [seeds[i]] * len(spans[i]),
+                None if picks.weights is None else picks.weights[i],
             )
-        return made
+            for choice in picks.choices
+            for i, length in enumerate(lengths)
+        ]
 
     def _sum(
         self,

@@ -83,7 +83,7 @@ def temperature(progress: float) -> float:
     return first * (last / first) ** progress
 
 
-def sample_straight_through(logits: torch.Tensor, tau: float) -> tuple[torch.Tensor, torch.Tensor]:
+def sample_straight_through(logits: torch.Tensor, tau: float) -> torch.Tensor:
     """Pick operators with Gumbel noise.
 
     Args:
@@ -91,10 +91,9 @@ def sample_straight_through(logits: torch.Tensor, tau: float) -> tuple[torch.Ten
         tau: Temperature.
 
     Returns:
-        The picks, int64, shape (prompts,), and for each pick a factor of 1 whose gradient is the
-        soft sample's (straight-through), shape (prompts,).
+        For each prompt exactly 1 at its pick and 0 elsewhere, with the gradient of the soft sample
+        (straight-through); shape (prompts, operators).
     """
     soft = functional.gumbel_softmax(logits, tau)
-    picks = soft.argmax(-1)
-    chosen = soft.gather(-1, picks[:, None])[:, 0]
-    return picks, 1 + (chosen - chosen.detach())
+    hard = functional.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
+    return hard + (soft - soft.detach())

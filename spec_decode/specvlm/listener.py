@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
+from vllm_plugins.engine.draft_sampling import KERNEL, repair_draft_sampling
 from vllm_plugins.engine.worker_host import WorkerListener
 from vllm_plugins.spec_decode.specvlm.draft_rows import plan_image
 from vllm_plugins.spec_decode.specvlm.metrics import DraftMeter
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -33,6 +35,11 @@ class SpecVlmListener(WorkerListener):
         self._options = options
         self._config = config
         self._meter: DraftMeter | None = None
+
+    def on_device_ready(self, device: torch.device) -> None:
+        """Make drafts verified at the right temperature on CPU."""
+        if device.type == "cpu" and repair_draft_sampling():
+            logger.info("vllm-plugins: specvlm replaces vLLM's CPU kernel %s", KERNEL)
 
     def on_kv_cache_ready(self, runner: RunnerView) -> None:
         """Give the drafter the view of the worker."""

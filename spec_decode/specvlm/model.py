@@ -25,6 +25,7 @@ from vllm.model_executor.models.utils import (
 
 from vllm_plugins.engine.block_holes.compact import compact_rows, plan_current_step
 from vllm_plugins.engine.block_holes.view import HoleView, with_holes
+from vllm_plugins.errors import PluginError
 from vllm_plugins.settings import enabled_plugins
 from vllm_plugins.spec_decode.specvlm.compressor import VisualCompressor
 from vllm_plugins.spec_decode.specvlm.draft_rows import StepImages, plan_image
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from vllm_plugins.engine.worker_host import RunnerView
     from vllm_plugins.spec_decode.specvlm.plugin import SpecVlmOptions
     from vllm_plugins.spec_decode.specvlm.settings import SpecVLMSettings
+
+
+OWN_PARTS = ("fc.", "compressor.", "gate.")
 
 
 @support_torch_compile(dynamic_arg_dims={"positions": 0, "hidden_states": 0})
@@ -171,8 +175,21 @@ class SpecVlmModel(nn.Module):
         return fused.new_zeros(fused.shape).index_copy_(0, rows, drafted)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load what a checkpoint holds; what the target lends is not among it."""
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        """Load what a checkpoint holds; what the target lends is not among it.
+
+        Raises:
+            PluginError: It lacks weights that no other model of vLLM would miss.
+        """
+        loaded = AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        own = (name for name, _ in self.named_parameters() if name.startswith(OWN_PARTS))
+        missing = sorted(set(own) - loaded)
+        if missing:
+            raise PluginError(
+                "--plugin specvlm: model",
+                f"lacks weights, {missing[0]} among them",
+                "train it: vllm-plugins train specvlm",
+            )
+        return loaded
 
 
 class SpecVlmDrafter(EagleLlamaForCausalLM, SupportsMultiModalEmbeddings):

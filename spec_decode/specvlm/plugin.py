@@ -16,7 +16,7 @@ from vllm_plugins.spec_decode.specvlm.settings import (
 )
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 
     from vllm_plugins.arguments import EngineArguments
     from vllm_plugins.spec_decode.specvlm.listener import SpecVlmListener
@@ -32,7 +32,9 @@ class SpecVlmOptions(Options):
     """Options of SpecVLM."""
 
     model: str = Field(
-        min_length=1, description="Drafter's checkpoint, as `vllm-plugins train specvlm` makes it."
+        min_length=1,
+        description="Drafter's checkpoint, as `vllm-plugins train specvlm` makes it.",
+        examples=["DRAFTER"],
     )
     num_speculative_tokens: int = Field(
         5, ge=1, le=16, description="Tokens drafted in a round, one after another."
@@ -52,7 +54,6 @@ class SpecVlmOptions(Options):
         None,
         description="select: a gate picks the operator for the question; static: default_operator; "
         "weighted, concat: combinations; off: the image whole. By default the checkpoint's.",
-        json_schema_extra={"graph": True},
     )
     default_operator: Operator | None = Field(
         None,
@@ -125,7 +126,8 @@ class SpecVlmPlugin(WorkerPlugin):
         """Refuse targets, drafters and settings that cannot work together."""
         for flag, reason, mend in _unsupported(config):
             raise PluginError(f"--plugin specvlm with {flag}", reason, mend)
-        draft = config.speculative_config.draft_model_config  # type: ignore[union-attr]
+        assert config.speculative_config is not None
+        draft = config.speculative_config.draft_model_config
         _check_draft(options.model, config.model_config, draft)
         _check_encoder_cache(config, *options.settings(draft).grid)
 
@@ -201,8 +203,13 @@ def _check_encoder_cache(config: VllmConfig, lines: int, columns: int) -> None:
             f"several images of {lines * columns} tokens in a prompt, but an encoder cache of "
             f"{held}",
             f"set --max-num-batched-tokens to {2 * lines * columns} or more, or "
-            '--limit-mm-per-prompt \'{"image": 1}\'',
+            "--limit-mm-per-prompt '{\"image\": 1}'",
         )
+
+
+def _is_plain_eagle(speculative: SpeculativeConfig) -> bool:
+    other = speculative.parallel_drafting or speculative.disable_padded_drafter_batch
+    return speculative.method == "eagle" and not other
 
 
 def _unsupported(config: VllmConfig) -> list[tuple[str, str, str]]:
@@ -212,6 +219,14 @@ def _unsupported(config: VllmConfig) -> list[tuple[str, str, str]]:
         (
             speculative is None,
             ("no --speculative-config", "there is nothing to draft with", "use --plugin specvlm"),
+        ),
+        (
+            speculative is not None and not _is_plain_eagle(speculative),
+            (
+                "this --speculative-config",
+                "the drafter is served by method 'eagle', its steps one after another and padded",
+                "drop --speculative-config",
+            ),
         ),
         (
             not config.model_config.is_multimodal_model,

@@ -173,10 +173,17 @@ def pruned(options: dict[str, Any] | None = None, model: Path | None = None, **a
 
 
 def sampling(tokens: int, temperature: float = 0.0) -> Any:
-    """Return parameters with log-probabilities."""
+    """Return parameters with log-probabilities, which are of logits before any bias."""
     from vllm import SamplingParams
 
-    return SamplingParams(temperature=temperature, max_tokens=tokens, logprobs=5, ignore_eos=True)
+    return SamplingParams(
+        temperature=temperature,
+        max_tokens=tokens,
+        logprobs=5,
+        ignore_eos=True,
+        # An answer with this token in it could not be given to the reference.
+        logit_bias={IMAGE_TOKEN: -100},
+    )
 
 
 def answers(llm: Any, asks: list[Ask], tokens: int = 4, temperature: float = 0.0) -> list[Any]:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from build_once import CACHE, build_once
+from drafter import random_drafter
 from vision import IMAGE_TOKEN, VOCAB, tiny_llava
 
 from tests.models import make_engine
@@ -60,28 +60,7 @@ def plain_target() -> Any:
 
 def drafter(**settings: Any) -> Path:
     """Return a random drafter for it, with what its block `specvlm` says."""
-    named = "-".join(f"{key}{value}" for key, value in sorted(settings.items()))
-    described = {"format": FORMAT, "settings": settings}
-    folder = CACHE / f"tiny-specvlm-{named}"
-    return build_once(folder, described, lambda made: _build(made, settings))
-
-
-def _build(folder: Path, settings: dict[str, Any]) -> None:
-    from transformers import AutoConfig
-
-    from vllm_plugins.spec_decode.specvlm.checkpoint import save_drafter
-    from vllm_plugins.spec_decode.specvlm.drafter import DrafterShape, EagleDrafter
-    from vllm_plugins.spec_decode.specvlm.settings import SpecVLMSettings
-
-    block = SpecVLMSettings(grid=(GRID, GRID), block_size=BLOCK, gate_width=32, **settings)
-    text = AutoConfig.from_pretrained(target()).get_text_config()
-    torch.manual_seed(1)
-    made = EagleDrafter(DrafterShape.of_target(text), block)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            # Large, so that what is drafted depends on every row.
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    save_drafter(folder, made, text, torch.float32)
+    return random_drafter(target(), (GRID, GRID), block_size=BLOCK, **settings)
 
 
 def engine(options: dict[str, Any] | None = None, **arguments: Any) -> Any:

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from vision import tiny_llava
 
 from tests.engine.dynamic_llava_engine import (
     BLOCK,
     ENGINE,
     LAYER,
+    PIXELS,
     RATE,
     TOKENS,
     Ask,
@@ -236,6 +238,16 @@ def test_small_steps_and_preemption():
         assert_idle(llm)
 
 
+def test_an_image_that_is_encoded_already_comes_whole_too():
+    """Steps begin with images and would end inside them: each request's question differs."""
+    asks = [Ask(1, (5,), 3 + i, start=i) for i in range(12)]
+    with pruned(max_num_batched_tokens=400, enable_prefix_caching=False) as llm:
+        outputs = answers(llm, asks)
+        assert tally(llm).partial == 0 and tally(llm).steps > 3
+        assert_equal(asks, outputs)
+        assert_idle(llm)
+
+
 def attention_scores(ask, ids):
     """Mean attention of layer l - 1 from the rows behind the last image, in transformers."""
     model = plain_model()
@@ -276,6 +288,15 @@ def test_the_trained_predictor_and_what_the_checkpoint_says(tmp_path):
     assert_equal(
         MIXED, outputs, scorer="predictor", predictors=predictors_of(model), rate=0.3, layer=1
     )
+
+
+def test_a_qwen2_decoder():
+    model = tiny_llava(layers=4, pixels=PIXELS, decoder="qwen2")
+    with pruned(model=model) as llm:
+        outputs = answers(llm, MIXED)
+        assert_idle(llm)
+    for ask, output in zip(MIXED, outputs, strict=True):
+        assert worst(output, reference(ask, output, model=plain_model(model))) < 1e-4
 
 
 def test_the_same_tokens_are_chosen_whatever_the_seed():

@@ -116,7 +116,7 @@ def test_chunked_prompts(stock, budget, images):
 @pytest.fixture(scope="module")
 def scarce(stock):
     """An engine with so few blocks that requests preempt each other."""
-    with engine({"mode": "static"}, num_gpu_blocks_override=36) as llm:
+    with engine({"mode": "static"}, num_gpu_blocks_override=36, max_model_len=1024) as llm:
         yield llm
 
 

@@ -12,7 +12,7 @@ from tests.models import scheduler_of
 pytestmark = pytest.mark.engine
 
 MADE = prompt([9, "a", 30])
-SAMPLES = 3000
+SAMPLES = 2000
 TEMPERATURE = 1.0
 # Tokens of the answer that are compared: the first needs no draft, the others are drafted.
 TOKENS = 2

@@ -26,7 +26,14 @@ pytestmark = pytest.mark.engine
 
 STEPS = 5
 # An image at the start, or not; one or several; nothing, little or much behind it.
-SHAPES = (["d", 3], [9, "a", 40], [30, "e", 8], [31, "e"], [3, "b", 5, "c", 17], [2, "g", "h", 9])
+SHAPES = (
+    ["d", 3],
+    [9, "a", 40],
+    [30, "e", 8],
+    [31, "e"],
+    [3, "b", 5, "c", 17],
+    [2, "g", 4, "h", 9],
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +79,7 @@ def served(llm, made, pick=None):
     with torch.no_grad():
         model.model.gate.fc2.bias.copy_(gate_bias(pick))
     logits, original = [], model.compute_logits
+    model.model.image_rows.images.requests = []
 
     def keep(hidden):
         logits.append(original(hidden).clone())
@@ -82,8 +90,8 @@ def served(llm, made, pick=None):
         greedy(llm, [made], 2)
     finally:
         del model.compute_logits
-    features = model.model.image_rows.images.requests
-    contents = features[0].contents if features else ()
+    images = model.model.image_rows.images.requests
+    contents = images[0].contents if images else ()
     return torch.stack([x[0] for x in logits[:STEPS]]), contents
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_plugins.engine.block_holes.plan import Hole, plan_hole, plan_step
+from vllm_plugins.engine.block_holes.plan import Hole, plan_hole, plan_step, without_rows
 from vllm_plugins.engine.block_holes.view import CompactTables
 
 SIZES = st.sampled_from([16, 32, 64])
@@ -106,6 +106,37 @@ def test_after_a_hit_no_row_of_the_hole_is_left(cached):
     positions = plan.rows + cached
     assert not np.any((positions >= hole.begin) & (positions < hole.behind))
     assert bool(plan.choices) == (cached < hole.begin)
+
+
+@given(steps(), st.data())
+def test_further_rows_are_left_out_behind_the_media(step, data):
+    holes, computed, ends = step
+    starts = np.concatenate(([0], np.cumsum(np.subtract(ends, computed)))).astype(np.int32)
+    plan = plan_step(holes, starts, np.array(ends))
+    behind = []
+    for request, own in enumerate(holes):
+        last = max((hole.end for hole in own), default=0)
+        shift = int(starts[request]) - computed[request]
+        behind += range(max(last, computed[request]) + shift, ends[request] + shift)
+    dropped = np.array(sorted(data.draw(st.sets(st.sampled_from(behind)))) if behind else [], int)
+    less = without_rows(plan, starts, dropped)
+    before = np.arange(starts[-1]) if plan is None else plan.rows
+    assert less.rows.tolist() == [row for row in before if row not in set(dropped)]
+    for request in range(len(ends)):
+        mine = less.rows[less.starts[request] : less.starts[request + 1]]
+        assert np.all((mine >= starts[request]) & (mine < starts[request + 1]))
+    assert less.starts[-1] == len(less.rows)
+    for choice in less.choices:
+        assert less.rows[choice.at] == choice.first_row
+    assert less.hidden.shape[0] == 2
+
+
+@given(st.integers(0, 200), st.integers(1, 700), st.integers(0, 700), st.sampled_from([1, 2, 4]))
+def test_a_hole_in_smaller_blocks_is_the_same(start, length, wanted, split):
+    hole = plan_hole(start, start + length, wanted, 64)
+    small = hole.in_blocks_of(64 // split)
+    assert (small.selected, small.tail, small.kept) == (hole.selected, hole.tail, hole.kept)
+    assert not hole.blocks or (small.begin, small.behind) == (hole.begin, hole.behind)
 
 
 @given(st.data())

@@ -119,7 +119,42 @@ def test_a_gradient_reaches_the_gate(mode):
     torch.manual_seed(0)
     Distillation(target(), model, WEIGHTS)(batch_of((0, 1)), 0.0).total.backward()
     for name, parameter in model.gate.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 1e-2, name
+
+
+def test_the_gate_learns_how_each_operator_would_change_the_loss():
+    """By finite differences of the mixture of the operators' outputs."""
+    model, batch = drafter(mode="select"), batch_of((0, 1))
+    module = Distillation(target(), model, WEIGHTS)
+    rows = target()(batch.input_ids, batch.attention_mask, batch.pixels)
+    base = torch.tensor([[0.0, 0, 1, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.float64)
+
+    def loss(mixed: torch.Tensor) -> torch.Tensor:
+        module.pick = lambda *_: Picks(OPERATORS, mixed)
+        return module.loss_of(batch, rows, 0.0).total
+
+    mixed = base.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(mixed), mixed)
+    for sample, operator in np.ndindex(2, 5):
+        step = torch.zeros_like(base)
+        step[sample, operator] = 1e-5
+        slope = (loss(base + step) - loss(base - step)).item() / 2e-5
+        assert gradient[sample, operator].item() == pytest.approx(slope, rel=1e-5)
+    # The operators differ in it, or there would be nothing to choose.
+    assert (gradient.std(1) > 1e-2).all()
+
+
+def test_only_the_picked_operator_is_trained():
+    model, batch = drafter(mode="select"), batch_of((0, 1))
+    module = Distillation(target(), model, WEIGHTS)
+    only_conv = torch.nn.functional.one_hot(torch.tensor([2, 2]), 5).double()
+    module.pick = lambda *_: Picks(OPERATORS, only_conv)
+    module(batch, 0.0).total.backward()
+    assert model.compressor.conv.pointwise.weight.grad.abs().sum() > 0
+    assert model.compressor.resampler.queries.grad.abs().sum() == 0
+    static = drafter(mode="static", default_operator="conv", conv_ratio=3)
+    expected = Distillation(target(), static, WEIGHTS)(batch, 0.0)
+    assert module(batch, 0.0).total.item() == pytest.approx(expected.total.item())
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -178,7 +213,7 @@ def test_even_use_costs_nothing_and_one_operator_costs_most():
 
 def test_shares_are_of_the_picks_without_noise():
     logits = torch.tensor([[0.0, 3, 0, 0, 0], [0, 0, 0, 0, 1.0], [0, 2, 0, 0, 0], [9, 0, 0, 0, 0]])
-    found = shares(Picks([], [], [], logits))
+    found = shares(Picks((), logits, None, logits))
     assert {name: float(share) for name, share in found.items()} == {
         "pick_prune": 0.25, "pick_pool": 0.5, "pick_conv": 0, "pick_resample": 0,
         "pick_text_only": 0.25,

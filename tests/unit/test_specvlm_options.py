@@ -98,9 +98,9 @@ def test_options_stand_over_what_was_trained(config):
     assert over.model_copy(update=trained.model_dump()) == trained
 
 
-def test_only_the_mode_changes_the_graph():
+def test_nothing_changes_the_compiled_layer():
     options = SpecVlmOptions(model="m", mode="static", seed=3)
-    assert options.graph_values() == {"mode": "static"}
+    assert options.graph_values() == {}
 
 
 def test_a_plain_configuration_is_served(config):
@@ -111,6 +111,14 @@ def test_a_plain_configuration_is_served(config):
     ("part", "name", "value", "message"),
     [
         ("", "speculative_config", None, "no --speculative-config: there is nothing to draft with"),
+        ("speculative_config", "method", "eagle3", "this --speculative-config: the drafter is"),
+        ("speculative_config", "parallel_drafting", True, "this --speculative-config: the drafter"),
+        (
+            "speculative_config",
+            "disable_padded_drafter_batch",
+            True,
+            "this --speculative-config: the drafter is served by",
+        ),
         ("parallel_config", "pipeline_parallel_size", 2, "--pipeline-parallel-size: the drafter's"),
         ("parallel_config", "decode_context_parallel_size", 2, "context parallelism: holes are"),
         ("parallel_config", "enable_dbo", True, "--enable-dbo: a step's rows would be halved"),
@@ -122,6 +130,14 @@ def test_a_plain_configuration_is_served(config):
 def test_settings_that_it_cannot_serve_are_refused(config, part, name, value, message):
     said = check(changed(config, part, name, value))
     assert said.startswith(f"--plugin specvlm with {message}")
+
+
+def test_an_encoder_cache_for_one_image_is_refused_where_prompts_have_several(config):
+    small = changed(config, "scheduler_config", "encoder_cache_size", 300)
+    assert check(small) == (
+        "--plugin specvlm: several images of 256 tokens in a prompt, but an encoder cache of 300; "
+        "set --max-num-batched-tokens to 512 or more, or --limit-mm-per-prompt '{\"image\": 1}'"
+    )
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def answer(
     out = decoder.run(hidden[:, rows], upper, rows[None], _visible(rows, seen))[0]
     before = batch.answer_mask[0, 1:].nonzero().flatten()
     logits = decoder.logits(out[torch.searchsorted(rows, before)])
-    return _judge(logits, batch, seen[decided])
+    return _judge(logits, batch, seen[decided] if dropping.text_keep else seen[:0])
 
 
 def _visible(rows: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from vllm.compilation.backends import set_model_tag
@@ -42,6 +41,24 @@ if TYPE_CHECKING:
 
     from vllm_plugins.engine.block_holes.plan import Hole, Span, StepPlan
     from vllm_plugins.engine.worker_host import RunnerView
+
+
+class Middle(NamedTuple):
+    """A step between the two halves.
+
+    Attributes:
+        positions: Of its rows, int64, shape (tokens,).
+        hidden: Output of layer l - 1, shape (tokens, h).
+        residual: Its residual, shape (tokens, h).
+        summed: Input of layer l, their sum, shape (tokens, h).
+        entered: Input of layer l - 1, shape (tokens, h), where the scorer reads it.
+    """
+
+    positions: torch.Tensor
+    hidden: torch.Tensor
+    residual: torch.Tensor
+    summed: torch.Tensor
+    entered: torch.Tensor | None = None
 
 
 class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -160,40 +177,43 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if inputs_embeds is None:
             inputs_embeds = self.language_model.model.embed_input_ids(input_ids)
         hidden, residual, *entered = self.lower(positions, inputs_embeds)
-        summed = hidden + residual
-        plan = self._plan(summed)
-        if plan is None:
-            with self._own_slots():
-                out = self.upper(positions, hidden, residual)
-        else:
-            source = source_rows(plan, self.scorer, positions, summed, *(entered or [None]))
-            with compact_rows(self.hole_view, self.upper_names, plan):
-                left = self.upper(positions[source], hidden[source], residual[source])
-            out = torch.zeros_like(summed)
-            # Rows of text are their own source; what lands on other rows is not read.
-            out[source] = left
-        if self.text_cache is not None:
-            self.text_cache.forget(positions, summed)
+        plan = self._plan()
+        if plan is None and self.text_cache is None:
+            return self.upper(positions, hidden, residual)
+        step = Middle(positions, hidden, residual, hidden + residual, *entered)
+        if self.text_cache is None:
+            return self._upper_rows(step, plan)
+        plan = self.text_cache.forget_again(plan, step.summed)
+        with self.text_cache.own_slots():
+            out = self._upper_rows(step, plan)
+        self.text_cache.forget(positions, step.summed)
         return out
 
-    def _own_slots(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.text_cache is None else self.text_cache.own_slots()
+    def _upper_rows(self, step: Middle, plan: StepPlan | None) -> torch.Tensor:
+        """Run the upper half on the rows of a plan, or on all, and return an output for all."""
+        if plan is None:
+            return self.upper(step.positions, step.hidden, step.residual)
+        source = source_rows(plan, self.scorer, step.positions, step.summed, step.entered)
+        with compact_rows(self.hole_view, self.upper_names, plan):
+            left = self.upper(step.positions[source], step.hidden[source], step.residual[source])
+        out = torch.zeros_like(step.hidden)
+        # Rows of text are their own source; what lands on other rows is not read.
+        out[source] = left
+        return out
 
     def _plan_span(self, span: Span, block_size: int) -> Hole:
         if not self.pruning.frees:
             return self.pruning.plan_span(span, block_size)
         return self.pruning.plan_span(span, self.managed_size).in_blocks_of(block_size)
 
-    def _plan(self, hidden: torch.Tensor) -> StepPlan | None:
-        plan = None
-        if self.pruning.drops:
-            plan = plan_current_step(self.hole_view, self.upper_names[0], self._plan_span)
+    def _plan(self) -> StepPlan | None:
+        if not self.pruning.drops:
+            return None
+        plan = plan_current_step(self.hole_view, self.upper_names[0], self._plan_span)
         if plan is not None:
             self.tally.add(plan)
             if self.freed is not None:
                 self.freed.take_out(plan)
-        if self.text_cache is not None:
-            plan = self.text_cache.forget_again(plan, hidden)
         return plan
 
 

@@ -164,14 +164,16 @@ class DynamicLlavaPlugin(WorkerPlugin, SchedulerPlugin):
     exactness = "approximate by image_keep_rate and text_keep; exact at 1 and false"
     requires = Requirements(vllm=">=0.32", platforms=frozenset({"cpu", "cuda"}))
     conflicts: ClassVar[dict[str, str]] = {
-        "hip": "it reads block tables of its own",
+        "hip": "it selects key blocks by where they are, and holes move them",
         "kvshare": "it moves KV, and pages of the upper layers have holes",
-        "zipcache": "it follows blocks that the upper layers may not have written",
+        "pd": "pages of the upper layers have holes, which are not handed over",
+        "specvlm": "its drafter reads hidden states of rows that were not computed",
+        "zipcache": "it packs blocks that the upper layers may not have written",
     }
     Options: ClassVar[type[Options]] = DynamicLlavaOptions
 
     def configure(self, options: DynamicLlavaOptions, arguments: EngineArguments) -> None:
-        """Choose the worker host and the model, and have images come whole.
+        """Choose both hosts and the model, and have images come whole.
 
         Raises:
             PluginError: The user has set one of the arguments to something else.
@@ -188,8 +190,8 @@ class DynamicLlavaPlugin(WorkerPlugin, SchedulerPlugin):
         arguments.set("disable_chunked_mm_input", True)
         if options.text_keep or options.free_hole_blocks:
             arguments.set("enable_prefix_caching", False)
-        if options.free_hole_blocks:
-            arguments.set("scheduler_cls", SCHEDULER_HOST)
+        # vLLM's own flag leaves a gap, which the policy closes.
+        arguments.set("scheduler_cls", SCHEDULER_HOST)
         guards = arguments.get("logits_processors") or []
         arguments.extend("logits_processors", [*guards, GUARD])
 
@@ -237,12 +239,12 @@ class DynamicLlavaPlugin(WorkerPlugin, SchedulerPlugin):
             )
 
     def policy(self, options: DynamicLlavaOptions, config: VllmConfig) -> SchedulerPolicy:
-        """Make what tells the KV cache manager of holes; without free_hole_blocks, nothing."""
-        from vllm_plugins.engine.policy import SchedulerPolicy
+        """Make what has images come whole and, with free_hole_blocks, tells of holes."""
+        from vllm_plugins.visual_tokens.dynamic_llava.whole_images import WholeImages
 
         pruning, size = _pruning(options, config), config.cache_config.block_size
         if not pruning.frees:
-            return SchedulerPolicy()
+            return WholeImages()
         from vllm_plugins.engine.block_holes.freeing import HolePolicy
         from vllm_plugins.visual_tokens.dynamic_llava.metrics import FREED
 

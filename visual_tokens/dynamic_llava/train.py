@@ -1,7 +1,13 @@
 """``vllm-plugins train dynamic_llava``: fine-tune a LLaVA together with its predictors.
 
 The folder of the run becomes the checkpoint that ``--plugin dynamic_llava`` serves; see
-`checkpoint`. Defaults are the paper's (appendix A.1).
+`checkpoint`. Defaults are the paper's (appendix A.1), but for the limit of the gradient's norm, 1,
+which it does not give [G].
+
+Each process holds the whole model and 16 bytes for each trained parameter: weights, gradient and
+two moments in float32. By that sum a 7B model takes 112 GB besides what ``--recompute`` leaves of
+the activations, and a 13B model needs sharding, which there is not. ``--lr 0`` trains predictors
+alone, in any memory that serves the model in float32; that is not the paper's method.
 """
 
 from __future__ import annotations

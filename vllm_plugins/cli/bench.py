@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_plugins.cli import bench_kernel
+from vllm_plugins.cli import bench_drafting, bench_kernel
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_stall(parser.add_argument_group("stall workload: long prompts arrive among decodes"))
     _add_offline(parser.add_argument_group("offline workload: a batch job of short requests"))
     _add_capacity(parser.add_argument_group("capacity (trace workload)"))
+    bench_drafting.add_arguments(
+        parser.add_argument_group("drafting for images, one request at a time, without a server"),
+        _positive,
+    )
     bench_kernel.add_arguments(
         parser.add_argument_group("kernels: one attention layer, without a server"),
         _numbers,
@@ -223,6 +227,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     require_supported_vllm()
     if args.kernel:
         return bench_kernel.run(args, console)
+    if args.drafting:
+        return bench_drafting.run(args, console)
     if args.plugin is None or args.model is None:
         raise BenchError("name a plug-in and a --model, or an attention backend with --kernel")
     _check_plugin(args.plugin)

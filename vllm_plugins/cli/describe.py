@@ -85,7 +85,8 @@ def _first_choices(options: type[Options]) -> dict[str, Any]:
     """Return a value for each option that has none by default, so that there is a spelling."""
     table = options.model_json_schema()["properties"] if options.model_fields else {}
     required = (name for name, field in options.model_fields.items() if field.is_required())
-    return {name: table[name]["enum"][0] for name in required if "enum" in table[name]}
+    choices = {name: table[name].get("enum", table[name].get("examples")) for name in required}
+    return {name: values[0] for name, values in choices.items() if values}
 
 
 def option_table(options: type[Options]) -> list[dict[str, Any]]:

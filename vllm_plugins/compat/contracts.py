@@ -14,6 +14,7 @@ from vllm_plugins.compat.contract import (
     method,
 )
 from vllm_plugins.compat.disaggregation_contracts import DISAGGREGATION_CONTRACTS
+from vllm_plugins.compat.specvlm_contracts import SPECVLM_CONTRACTS
 from vllm_plugins.compat.visual_contracts import VISUAL_CONTRACTS
 from vllm_plugins.compat.worker_contracts import WORKER_CONTRACTS
 
@@ -297,4 +298,5 @@ CONTRACTS: tuple[Contract, ...] = (
     *ATTENTION_CONTRACTS,
     *DISAGGREGATION_CONTRACTS,
     *VISUAL_CONTRACTS,
+    *SPECVLM_CONTRACTS,
 )

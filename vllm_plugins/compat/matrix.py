@@ -32,6 +32,7 @@ MODEL_MAKER = Path("examples/models/tiny.py")
 LAYERS = 4
 MODEL = Path(f".cache/models/tiny-llama-layers{LAYERS}")
 VISION_MAKER = Path("examples/models/vision.py")
+DRAFTER_MAKER = Path("examples/models/drafter.py")
 RESULTS = CACHE / "results"
 LIMIT_S = 1800.0
 # Each keeps one core busy, and while one installs, starts or waits, another computes.
@@ -157,6 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         [sys.executable, str(VISION_MAKER)], check=True, stdout=subprocess.PIPE, text=True
     )
     vision = Path(made.stdout.splitlines()[-1])
+    drafter = [sys.executable, str(DRAFTER_MAKER), str(vision)]
+    subprocess.run(drafter, check=True, stdout=subprocess.DEVNULL)
     chosen = args.versions.split(",") if args.versions else list(supported_window().tested)
     outcomes = run_all(chosen, vision, args.reuse)
     print("\n" + grid.table(outcomes))

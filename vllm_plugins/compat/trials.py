@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from vllm_plugins.spec import PluginSpec
 
+DRAFTER = str(Path(".cache/models/tiny-llava-128-2-1024-drafter").resolve())
+"""What examples/models/drafter.py makes for the tiny model that reads images."""
 # Options without a default.
-OPTIONS: dict[str, dict[str, Any]] = {"epd": {"role": "colocated"}, "pd": {"role": "both"}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "epd": {"role": "colocated"},
+    "pd": {"role": "both"},
+    "specvlm": {"model": DRAFTER},
+}
 # Engine arguments under which outputs are stock's for a prompt of 150 tokens: zipcache leaves alone
 # what stays within one block.
 EXACT_WITH: dict[str, dict[str, Any]] = {"zipcache": {"block_size": 256}}
 # Plug-ins for models that read images.
-VISION = frozenset({"epd"})
+VISION = frozenset({"dynamic_llava", "epd", "specvlm"})
 
 
 def spec(name: str) -> PluginSpec:

@@ -27,6 +27,9 @@ _LLAVA = "vllm.model_executor.models.llava:LlavaForConditionalGeneration"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 
 HOLES = (
+    method("vllm.v1.core.sched.scheduler:Scheduler._try_schedule_encoder_inputs",
+           f"request, num_computed_tokens, num_new_tokens, encoder_compute_budget, {REST_OPTIONAL}",
+           "Wrapped: no step ends inside a media item.", "engine/scheduler_host.py"),
     is_class(f"{_BACKEND}:AttentionBackend", "What layers that see holes have.", VIEW),
     method(f"{_BACKEND}:subclass_attention_backend",
            "name_prefix, attention_backend_cls, builder_cls",
@@ -93,9 +96,10 @@ LLAVA = (
             behaviours.layers_carry_a_residual,
             "Layers take positions, hidden state and residual, on both backbones.", MODEL),
     has("vllm.model_executor.models.llama:LlamaAttention",
-        "qkv_proj rotary_emb q_size kv_size head_dim scaling num_heads total_num_heads",
+        "qkv_proj _init_rotary_emb q_size kv_size head_dim scaling num_heads total_num_heads",
         "Attention that the question pays is computed anew.", SCORERS),
-    method("vllm.compilation.decorators:support_torch_compile", f"cls, {REST_OPTIONAL}",
+    method("vllm.compilation.decorators:support_torch_compile",
+           f"dynamic_arg_dims, {REST_OPTIONAL}",
            "Each half is a compiled graph."),
     method("vllm.compilation.backends:set_model_tag", f"tag, {REST_OPTIONAL}",
            "Keeps the halves' compile caches apart."),

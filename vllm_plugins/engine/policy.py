@@ -156,6 +156,8 @@ class SchedulerPolicy:
     """Base of a policy; every hook does nothing."""
 
     metrics: tuple[MetricSpec, ...] = ()
+    whole_media: bool = False
+    """Whether a step with some of a media item's tokens has to have all that are left of it."""
 
     def bind(self, facts: SchedulerFacts, metrics: Metrics) -> None:
         """Receive the engine's constants and the metrics writer, once, before the first step."""

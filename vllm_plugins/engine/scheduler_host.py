@@ -125,6 +125,24 @@ class _PolicyHost(Scheduler):
                 policy.forget(output.finished_req_ids)
         return output
 
+    def _try_schedule_encoder_inputs(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int, *args: Any, **kw: Any
+    ) -> Any:
+        """Choose the media items of a step with vLLM's own method, whole where a policy needs them.
+
+        ``--disable-chunked-mm-input`` cuts a step before an item that does not fit into it, but not
+        where the step would begin with that item or in its middle.
+        """
+        if any(policy.whole_media for policy in self.plugin_policies):
+            end = num_computed_tokens + num_new_tokens
+            for feature in request.mm_features:
+                place = feature.mm_position
+                if place.offset < end < place.offset + place.length:
+                    num_new_tokens = max(0, place.offset - num_computed_tokens)
+        return super()._try_schedule_encoder_inputs(
+            request, num_computed_tokens, num_new_tokens, *args, **kw
+        )
+
     def _plugin_can_admit(self, request: Request) -> bool:
         taken = len(self.running) + self.num_waiting_for_streaming_input
         if taken >= min(getattr(self, name) for name in self.plugin_admission_limits):

@@ -89,12 +89,16 @@ def _hole_spec(stock: Callable[[VllmConfig], Any], config: VllmConfig) -> HoleSp
 
 
 class HolePolicy(SchedulerPolicy):
-    """Tells the manager where each request's holes are; decides nothing.
+    """Tells the manager where each request's holes are, and has media come whole.
+
+    Of an item in two steps the worker would hide less than the manager gives back.
 
     Args:
         plan_span: Plans the hole of a span, as the worker does.
         held: Gauge of blocks that requests would hold, but that are holes.
     """
+
+    whole_media = True
 
     def __init__(self, plan_span: Callable[[Span], Hole], held: MetricSpec) -> None:
         self._plan_span = plan_span

@@ -1,0 +1,233 @@
+"""What Dynamic-LLaVA saves and what it costs: first tokens, cache pages, and right answers.
+
+    python benchmarks/dynamic_llava.py ttft [--layers 16] [--width 512] [--rounds 5] [--out F.json]
+    python benchmarks/dynamic_llava.py memory [--requests 8] [--out F.json]
+    python benchmarks/dynamic_llava.py accuracy [--images 50] [--out F.json]
+
+`ttft` times the first token of a prompt that is one image of 576 tokens and a short question, on a
+random LLaVA, stock and at several keep rates, which take turns, each in an engine of its own.
+`memory` counts the bytes of cache that requests hold in the middle of their answers. `accuracy`
+asks the scenes models questions, at several keep rates and with every scorer, through the engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "models"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from in_process import counted, engine, worker, write
+
+RATES = (1.0, 0.5, 0.25, 0.1)
+PIXELS, IMAGE_TOKENS = 336, 576
+STOCK = "stock"
+BLOCK = 32
+WARM_UP = 2
+
+
+def plugin(rate: float, scorer: str, **options: Any) -> str:
+    """Return what is given to ``--plugin``."""
+    words = {"image_keep_rate": rate, "image_scorer": scorer, **options}
+    return "dynamic_llava:" + ",".join(f"{key}={value}" for key, value in words.items())
+
+
+def asked(seed: int, words: int = 24) -> dict[str, Any]:
+    """Return a prompt: an image of noise and some random text."""
+    from PIL import Image
+    from vision import IMAGE_TOKEN
+
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(0, 256, (PIXELS, PIXELS, 3), dtype=np.uint8)
+    ids = [10, IMAGE_TOKEN, *rng.integers(10, 60, words).tolist()]
+    return {"prompt_token_ids": ids, "multi_modal_data": {"image": Image.fromarray(noise)}}
+
+
+def settings(**more: Any) -> dict[str, Any]:
+    """Return engine arguments that stock and plug-in have in common."""
+    return {"block_size": BLOCK, "max_model_len": 1024, "max_num_batched_tokens": 2048, **more}
+
+
+def seconds(llm: Any, prompts: list[dict[str, Any]]) -> list[float]:
+    """Return the CPU time until each prompt's first token.
+
+    The engine runs in this process, so that on one thread this is the time that it takes on an idle
+    core. Decoding and scaling the image are part of it.
+    """
+    from vllm import SamplingParams
+
+    found = []
+    for prompt in prompts:
+        began = time.process_time()
+        llm.generate([prompt], SamplingParams(max_tokens=1), use_tqdm=False)
+        found.append(time.process_time() - began)
+    return found
+
+
+def ttft(args: argparse.Namespace) -> dict[str, Any]:
+    """Time first tokens, variant by variant and round by round."""
+    from vision import tiny_llava
+
+    model = tiny_llava(width=args.width, layers=args.layers, positions=1024, pixels=PIXELS)
+    variants = {STOCK: None} | {f"keep {r:g}": plugin(r, args.scorer) for r in args.rates}
+    rounds: list[dict[str, list[float]]] = []
+    for number in range(args.rounds):
+        row = {}
+        # Each begins as often as it ends.
+        for name in list(variants)[:: 1 if number % 2 == 0 else -1]:
+            spec = variants[name]
+            with engine(model, *([spec] if spec else []), **settings()) as llm:
+                first = 1000 * number
+                seconds(llm, [asked(first + i) for i in range(WARM_UP)])
+                row[name] = seconds(llm, [asked(first + WARM_UP + i) for i in range(args.prompts)])
+        rounds.append(row)
+        print({name: statistics.median(times) for name, times in row.items()}, flush=True)
+    shape = {"layers": args.layers, "width": args.width, "image_tokens": IMAGE_TOKENS}
+    return {"shape": shape, "scorer": args.scorer, "summary": compared(rounds), "rounds": rounds}
+
+
+def compared(rounds: list[dict[str, list[float]]]) -> dict[str, Any]:
+    """Return for each variant its time, and how many times faster than stock, prompt by prompt."""
+    summary = {}
+    for name in rounds[0]:
+        ratios = [
+            stock / ours
+            for row in rounds
+            for stock, ours in zip(row[STOCK], row[name], strict=True)
+        ]
+        low, median, high = np.quantile(ratios, (0.1, 0.5, 0.9)).tolist()
+        times = [t for row in rounds for t in row[name]]
+        summary[name] = {
+            "ttft_cpu_s": statistics.median(times),
+            "stock_over_this": {"median": median, "p10": low, "p90": high},
+        }
+        print(f"{name:10} {summary[name]}", flush=True)
+    return summary
+
+
+def held_bytes(llm: Any, requests: int) -> int:
+    """Return the bytes of cache that requests hold once all of them decode."""
+    from vllm import SamplingParams
+
+    core = llm.llm_engine.engine_core.engine_core
+    pool = core.scheduler.kv_cache_manager.block_pool
+    caches = {cache.data_ptr(): cache.nbytes for cache in worker(llm).model_runner.kv_caches}
+    for i in range(requests):
+        params = SamplingParams(max_tokens=32, ignore_eos=True)
+        llm.llm_engine.add_request(str(i), asked(i), params)
+    while any(r.num_output_tokens < 2 for r in core.scheduler.running) or core.scheduler.waiting:
+        llm.llm_engine.step()
+    used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    return int(used * sum(caches.values()) // pool.num_gpu_blocks)
+
+
+def memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Count what requests hold, stock and with blocks given back."""
+    from vision import tiny_llava
+
+    model = tiny_llava(width=args.width, layers=args.layers, positions=1024, pixels=PIXELS)
+    more = {"max_num_seqs": args.requests, "enable_prefix_caching": False}
+    held = {}
+    freeing = {"prune_layer": args.prune_layer, "free_hole_blocks": "true"}
+    for rate in (None, *(r for r in args.rates if r < 1)):
+        spec = [] if rate is None else [plugin(rate, args.scorer, **freeing)]
+        name = STOCK if rate is None else f"keep {rate:g}"
+        with engine(model, *spec, **settings(**more)) as llm:
+            held[name] = held_bytes(llm, args.requests)
+        print(f"{name:10} {held[name] / 2**20:.1f} MiB", flush=True)
+    shape = {"layers": args.layers, "width": args.width, "prune_layer": args.prune_layer}
+    share = {name: size / held[STOCK] for name, size in held.items()}
+    return {"shape": shape, "requests": args.requests, "held_bytes": held, "share_of_stock": share}
+
+
+def accuracy(args: argparse.Namespace) -> dict[str, Any]:
+    """Return shares of right answers to held-out scenes' questions."""
+    from scenes import scenes
+    from scenes_dynamic import scenes_dynamic
+    from scenes_evaluate import held_out
+
+    drawn = held_out(args.images, seed=args.seed)
+    found: dict[str, Any] = {}
+    # The plain model is what was there before; the other was trained to go without tokens.
+    plain, trained = scenes(), scenes_dynamic()
+    cases = [("plain model, stock", plain, None), ("trained model, stock", trained, None)]
+    for rate in (r for r in args.rates if r < 1):
+        cases += [
+            (f"trained model, {scorer} {rate:g}", trained, plugin(rate, scorer))
+            for scorer in ("predictor", "attention", "norm", "random")
+        ]
+        cases.append((f"plain model, attention {rate:g}", plain, plugin(rate, "attention")))
+    for name, model, spec in cases:
+        found[name] = right_answers(model, spec, drawn)
+        print(f"{name:32} {found[name]}", flush=True)
+    return {"images": args.images, "seed": args.seed, "block_size": BLOCK, "answers": found}
+
+
+def right_answers(model: Path, spec: str | None, drawn: list[Any]) -> dict[str, float]:
+    """Ask everything of a model; return the share answered exactly, and that of tokens kept."""
+    from scenes_data import ID, VOCABULARY
+    from scenes_model import BOS, EOS, IMAGE_TOKEN
+    from vllm import SamplingParams
+
+    questions = [(scene, q) for scene in drawn for q in scene.questions]
+    prompts = [
+        {
+            "prompt_token_ids": [BOS, IMAGE_TOKEN, *(ID[word] for word in q.text.split())],
+            "multi_modal_data": {"image": scene.image},
+        }
+        for scene, q in questions
+    ]
+    name, labels = "dynamic_llava_image_tokens_total", ("kept", "dropped")
+    # A hit of the prefix cache would leave the attention of the question unread.
+    arguments = settings(enable_prefix_caching=False, limit_mm_per_prompt={"image": 1})
+    with engine(model, *([spec] if spec else []), **arguments) as llm:
+        before = {fate: counted(name, fate=fate) for fate in labels}
+        outputs = llm.generate(
+            prompts, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False
+        )
+        kept, dropped = (counted(name, fate=fate) - before[fate] for fate in labels)
+    right = []
+    for (_, question), output in zip(questions, outputs, strict=True):
+        told = [VOCABULARY[t] for t in output.outputs[0].token_ids if t != EOS]
+        right.append(" ".join(told) == question.answer)
+    share = statistics.fmean(right)
+    return {
+        "right": share,
+        "standard_error": (share * (1 - share) / len(right)) ** 0.5,
+        "questions": len(right),
+        "image_tokens_kept": kept / (kept + dropped) if kept + dropped else 1.0,
+    }
+
+
+def main() -> int:
+    """Run one of the three and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("what", choices=("ttft", "memory", "accuracy"))
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--scorer", default="norm", help="where nothing is trained")
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--prune-layer", type=int, default=2, help="of `memory`")
+    parser.add_argument("--requests", type=int, default=8, help="of `memory`")
+    parser.add_argument("--prompts", type=int, default=5, help="of `ttft`, in a round")
+    parser.add_argument("--rounds", type=int, default=4, help="of `ttft`")
+    parser.add_argument("--images", type=int, default=50, help="of `accuracy`")
+    parser.add_argument("--seed", type=int, default=0, help="of `accuracy`")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    result = {"ttft": ttft, "memory": memory, "accuracy": accuracy}[args.what](args)
+    write(args.out, result)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,176 @@
+"""Dynamic-LLaVA in a real server: images over HTTP, streams, hang-ups, bad images, refusals."""
+
+import base64
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+from vision import tiny_llava
+
+from tests.models import tiny_llama
+from tests.serving import ProcessFailedError, served
+
+pytestmark = pytest.mark.serve
+
+PIXELS, TOKENS, BLOCK = 168, 144, 32
+TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+SCORER = "dynamic_llava:image_keep_rate=0.25,image_scorer=attention"
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    template = tmp_path_factory.mktemp("template") / "chat.jinja"
+    template.write_text(TEMPLATE)
+    return (
+        *("--max-model-len", "1024", "--block-size", str(BLOCK), "--chat-template", str(template)),
+        *("--limit-mm-per-prompt", json.dumps({"image": 3})),
+        # Of a prompt in several steps, or found in the cache, the question is read in part only.
+        *("--max-num-batched-tokens", "16384", "--no-enable-prefix-caching"),
+    )
+
+
+@pytest.fixture(scope="module")
+def server(arguments):
+    model = tiny_llava(layers=4, pixels=PIXELS)
+    with served(model, *arguments, "--plugin", SCORER) as running:
+        yield running
+
+
+def url_of(data: bytes) -> dict:
+    address = "data:image/png;base64," + base64.b64encode(data).decode()
+    return {"type": "image_url", "image_url": {"url": address}}
+
+
+def picture(seed: int, size: int = PIXELS) -> dict:
+    noise = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(noise).save(data, "PNG")
+    return url_of(data.getvalue())
+
+
+def content(i: int) -> list[dict]:
+    """Text before, between and behind none to three images."""
+    words = [f"t{10 + (7 * i + j) % 50}" for j in range(40)]
+    parts = [{"type": "text", "text": " ".join(words[: 1 + i % 17])}]
+    for j in range(i % 4):
+        parts += [picture(i + j), {"type": "text", "text": words[j]}]
+    return [*parts, {"type": "text", "text": " ".join(words[20 : 25 + i % 9])}]
+
+
+def chat(server, parts, **extra):
+    more = {"ignore_eos": True} | extra.pop("extra_body", {})
+    return server.openai.chat.completions.create(
+        model=server.model,
+        messages=[{"role": "user", "content": parts}],
+        max_tokens=12,
+        temperature=0,
+        extra_body=more,
+        **extra,
+    )
+
+
+def text(answer) -> str:
+    return answer.choices[0].message.content
+
+
+def dropped(server) -> float:
+    return server.metric("vllm_plugins:dynamic_llava_image_tokens_total", fate="dropped")
+
+
+def test_concurrent_answers_are_those_of_each_request_alone(server):
+    alone = [text(chat(server, content(i))) for i in range(8)]
+    assert len(set(alone)) > 2
+
+    def again(i):
+        if i % 3 == 0:
+            stream = chat(server, content(i % 8), stream=True)
+            return "".join(p.choices[0].delta.content or "" for p in stream if p.choices)
+        if i % 7 == 0:
+            with chat(server, content(i % 8), stream=True) as stream:
+                next(stream)
+            return None
+        return text(chat(server, content(i % 8)))
+
+    with ThreadPoolExecutor(12) as pool:
+        together = list(pool.map(again, range(24)))
+    for i, answer in enumerate(together):
+        assert answer is None or answer == alone[i % 8]
+
+
+def test_metrics_are_served(server):
+    assert server.metric("vllm_plugins:active", plugin="dynamic_llava") == 1
+    before, kept = dropped(server), "vllm_plugins:dynamic_llava_image_tokens_total"
+    images = server.metric(kept, fate="kept")
+    chat(server, [picture(50)])
+    # One token of template text may stand before the image: of 144 tokens 36 are asked for.
+    gained = dropped(server) - before
+    assert gained in (64, 96)
+    assert server.metric(kept, fate="kept") - images == TOKENS - gained
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [url_of(b"this is no picture")],
+        [url_of(b"")],
+        [picture(i) for i in range(4)],
+        [picture(1), {"type": "text", "text": "t7 " * 1000}],
+    ],
+    ids=["broken", "empty", "too many", "too long"],
+)
+def test_bad_requests_are_answered_with_an_error_and_the_server_goes_on(server, parts):
+    with pytest.raises(openai.BadRequestError):
+        chat(server, parts)
+    assert text(chat(server, content(5)))
+
+
+def test_a_picture_of_another_size_is_scaled(server):
+    before = dropped(server)
+    assert text(chat(server, [picture(3, 2000)]))
+    assert dropped(server) > before
+
+
+def test_prompt_logprobs_are_refused(server):
+    with pytest.raises(openai.BadRequestError, match="prompt_logprobs: image tokens that"):
+        chat(server, [picture(77)], extra_body={"prompt_logprobs": 1})
+    assert text(chat(server, content(5)))
+
+
+def test_two_ranks_answer_as_one(server, arguments):
+    expected = [text(chat(server, content(i))) for i in range(8)]
+    plugin = ("--plugin", SCORER, "--tensor-parallel-size", "2")
+    with served(tiny_llava(layers=4, pixels=PIXELS), *arguments, *plugin) as two:
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda i: text(chat(two, content(i))), range(8)))
+        assert two.metric("vllm_plugins:dynamic_llava_pruned_steps_total") > 0
+    assert answers == expected
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        ("dynamic_llava:image_keep_rate=0.5", "the model has no image predictor"),
+        ("dynamic_llava:text_keep=true", "the model has no text predictor"),
+        ("dynamic_llava:image_keep_rate=2", "image_keep_rate=2: input should be less than or"),
+        ("dynamic_llava:prune_layer=4,image_scorer=norm", "the model has 4 layers; choose one"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_a_line(arguments, plugin, message):
+    with (
+        pytest.raises(ProcessFailedError) as error,
+        served(tiny_llava(layers=4, pixels=PIXELS), *arguments, "--plugin", plugin),
+    ):
+        pass
+    assert message in str(error.value)
+    assert "Traceback" not in str(error.value)
+
+
+def test_another_model_is_refused_in_a_line():
+    with pytest.raises(ProcessFailedError) as error, served(tiny_llama(), "--plugin", SCORER):
+        pass
+    assert "serves LLaVA models, and this one is a llama" in str(error.value)
+    assert "Traceback" not in str(error.value)
