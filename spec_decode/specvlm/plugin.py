@@ -104,6 +104,11 @@ class SpecVlmPlugin(WorkerPlugin):
     papers = (Paper("SpecVLM: Fast Speculative Decoding in Vision-Language Models", "2509.11815"),)
     exactness = "exact; mode=off leaves the drafter the whole image"
     requires = Requirements(vllm=">=0.32", platforms=frozenset({"cpu", "cuda"}))
+    conflicts: ClassVar[dict[str, str]] = {
+        "kvshare": "it runs decoder layers one by one, and those of no model that reads images",
+        "pd": "which blocks the drafter does not see would not travel with them",
+        "zipcache": "a rejected draft could be part of a block that is packed already",
+    }
     Options: ClassVar[type[Options]] = SpecVlmOptions
 
     def enter_process(self, options: SpecVlmOptions) -> None:

@@ -27,9 +27,6 @@ _LLAVA = "vllm.model_executor.models.llava:LlavaForConditionalGeneration"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 
 HOLES = (
-    method("vllm.v1.core.sched.scheduler:Scheduler._try_schedule_encoder_inputs",
-           f"request, num_computed_tokens, num_new_tokens, encoder_compute_budget, {REST_OPTIONAL}",
-           "Wrapped: no step ends inside a media item.", "engine/scheduler_host.py"),
     is_class(f"{_BACKEND}:AttentionBackend", "What layers that see holes have.", VIEW),
     method(f"{_BACKEND}:subclass_attention_backend",
            "name_prefix, attention_backend_cls, builder_cls",
