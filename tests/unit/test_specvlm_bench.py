@@ -10,14 +10,14 @@ from vllm_plugins.bench.drafting import Pass, _kv_bytes, _summary
 from vllm_plugins.bench.drafting_engine import stock_eagle
 
 
-def passed(seconds, answer=(1, 2, 3, 4, 5, 6, 7), rounds=2, accepted=4, dropped=224):
-    return Pass(seconds, [list(answer)], [306], [rounds], accepted, [dropped], 512)
+def passed(seconds, answer=(1, 2, 3, 4, 5, 6, 7), rounds=2, steps=3, dropped=224):
+    return Pass(seconds, [list(answer)], [306], [rounds], [steps], [dropped], 512)
 
 
 def test_tokens_a_round_are_those_behind_the_first():
     found = _summary("pool", 5, [(passed(4.0), passed(2.0)), (passed(4.5), passed(3.0))])
-    # Six tokens behind the first, in two rounds.
-    assert found.tokens_per_round == 3
+    # Six tokens behind the first, in three steps, of which one had no draft.
+    assert found.tokens_per_round == 2
     assert found.speedups == [2.0, 1.5]
     assert found.speedup == 1.75
     assert found.draft_rows == 306 - 224

@@ -67,7 +67,8 @@ class Drafted:
     Attributes:
         name: Of the variant.
         speedups: Wall time without drafting over that with it, of each pair of passes.
-        tokens_per_round: Generated tokens for each draft round, as the paper's sigma; 1 for none.
+        tokens_per_round: Generated tokens for each step of the target behind the prefill, drafted
+            for or not: the paper's sigma, which has a draft in every round.
         draft_rows: Rows of the drafter's prefill over all prompts; 0 without a drafter.
         draft_kv_bytes: That all drafts of a pass read of the drafter's cache, from lengths.
         seconds: Of each pass.
@@ -118,7 +119,7 @@ def _summary(name: str, drafts: int, pairs: Sequence[tuple[Pass, Pass]]) -> Draf
     return Drafted(
         name,
         [a.seconds / b.seconds for a, b in pairs],
-        generated / max(1, sum(drafted.rounds)),
+        generated / max(1, sum(drafted.steps)),
         sum(drafted.prompts) - sum(drafted.dropped) if has_drafter else 0,
         _kv_bytes(drafted, drafts) if has_drafter else 0,
         [b.seconds for _, b in pairs],

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 DRAFTS = "vllm:spec_decode_num_drafts"
-ACCEPTED = "vllm:spec_decode_num_accepted_tokens"
+STEPS = "vllm:iteration_tokens_total"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Pass:
         answers: Generated tokens of each request.
         prompts: Prompt tokens of each request, images included.
         rounds: Draft rounds of each request.
-        accepted: Drafts that were accepted.
+        steps: Steps of the target for each request's answer, its prefill's not counted.
         dropped: Draft-prefill rows of each request that compression saved.
         token_bytes: Of keys and values of a token in one layer; the drafter has one.
     """
@@ -37,7 +37,7 @@ class Pass:
     answers: list[list[int]]
     prompts: list[int]
     rounds: list[int]
-    accepted: int
+    steps: list[int]
     dropped: list[int]
     token_bytes: int
 
@@ -66,19 +66,23 @@ class DraftingEngine:
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0, max_tokens=self._tokens, ignore_eos=self._ignore_eos)
-        answers, prompts, rounds, dropped = [], [], [], []
-        accepted, seconds = self._count(ACCEPTED), 0.0
+        answers, prompts, rounds, steps, dropped = [], [], [], [], []
+        seconds = 0.0
         for message in self._messages:
-            drafts, rows = self._count(DRAFTS), _rows_dropped()
+            drafts, done, rows = self._count(DRAFTS), self._steps(), _rows_dropped()
             start = time.perf_counter()
             [result] = self._llm.chat([message], params, use_tqdm=False)
             seconds += time.perf_counter() - start
             answers.append(list(result.outputs[0].token_ids))
             prompts.append(len(result.prompt_token_ids or ()))
             rounds.append(self._count(DRAFTS) - drafts)
+            steps.append(self._steps() - done - 1)
             dropped.append(_rows_dropped() - rows)
-        accepted = self._count(ACCEPTED) - accepted
-        return Pass(seconds, answers, prompts, rounds, accepted, dropped, self._token_bytes())
+        return Pass(seconds, answers, prompts, rounds, steps, dropped, self._token_bytes())
+
+    def _steps(self) -> int:
+        metrics: Any = self._llm.get_metrics()
+        return sum(int(metric.count) for metric in metrics if metric.name == STEPS)
 
     def _count(self, name: str) -> int:
         metrics: Any = self._llm.get_metrics()
