@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+from drafter import random_drafter
 from vision import tiny_llava
 
 from tests.models import make_engine, scheduler_of, tiny_llama, worker_of
@@ -17,6 +18,12 @@ from vllm_plugins.registry import load
 ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = [pair for pair in decide_all() if not pair.refusal]
 PROMPT = [8 + (7 * i) % 50 for i in range(150)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _drafter() -> None:
+    """Make what plug-ins that draft are tried with."""
+    assert str(random_drafter(tiny_llava(), (4, 4))) == trials.DRAFTER
 
 
 def test_the_page_is_current_and_has_every_pair():

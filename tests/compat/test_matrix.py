@@ -127,6 +127,7 @@ def checkout(tmp_path, monkeypatch):
     (tmp_path / matrix.MODEL_MAKER.parent).mkdir(parents=True)
     (tmp_path / matrix.MODEL_MAKER).write_text("")
     (tmp_path / matrix.VISION_MAKER).write_text("print('models/vision')")
+    (tmp_path / matrix.DRAFTER_MAKER).write_text("")
     return monkeypatch
 
 

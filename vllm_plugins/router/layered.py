@@ -31,9 +31,9 @@ class LayeredExchange(Exchange):
         if named is None:
             return await super()._attempt()
         prefill = asyncio.create_task(self._prefill_layered(named))
-        # It takes its reserved place before decode looks for one.
-        await asyncio.sleep(0)
         try:
+            # It takes its reserved place before decode looks for one.
+            await asyncio.sleep(0)
             ticket = await self._place_decode()
             with self._services.desk.held(ticket):
                 return await self._decode(ticket, named)
@@ -68,5 +68,8 @@ class LayeredExchange(Exchange):
             # The decode instance refuses the same request, and the client hears it from there.
             self._services.releaser.start(named)
         else:
-            if not self._client.begun:
+            if self._client.begun:
+                # Taken long ago, unless the decode instance gave the pull up.
+                self._services.releaser.start(named)
+            else:
                 await self._hold(answer)
