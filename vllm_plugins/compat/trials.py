@@ -10,8 +10,9 @@ from vllm_plugins.spec import PluginSpec
 
 DRAFTER = str(Path(".cache/models/tiny-llava-128-2-1024-drafter").resolve())
 """What examples/models/drafter.py makes for the tiny model that reads images."""
-# Options without a default.
+# Options without a default, and one whose default needs more layers than the tiny model has.
 OPTIONS: dict[str, dict[str, Any]] = {
+    "dynamic_llava": {"prune_layer": 1},
     "epd": {"role": "colocated"},
     "pd": {"role": "both"},
     "specvlm": {"model": DRAFTER},
