@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_plugins.bench.machine import describe_machine
-from vllm_plugins.bench.server import Server, serve
+from vllm_plugins.bench.server import Server, free_port, serve
 
 # Of the servers: one core each, so that the two instances do not take each other's.
 for _name, _value in {
@@ -54,7 +54,7 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 KEY = "vllm_plugins_pd"
-LENGTHS = (250, 1000, 2000, 4000)
+LENGTHS = (250, 1000, 2000)
 START_S = 300.0
 
 
@@ -160,12 +160,13 @@ def pair(model: Path, name: str, arguments: Sequence[str]) -> Iterator[Pair]:
     """Run a prefill and a decode instance."""
     way = Way.named(name)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        sides = [
-            stack.enter_context(
-                serve(str(model), [*arguments, *words], side, Path(folder) / side, START_S)
-            )
-            for side, words in (("prefill", way.prefill), ("decode", way.decode))
-        ]
+        sides = []
+        for side, words in (("prefill", way.prefill), ("decode", way.decode)):
+            # Both would listen on the same port.
+            os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_port())
+            log = Path(folder) / side
+            words = [*arguments, *words]
+            sides.append(stack.enter_context(serve(str(model), words, side, log, START_S)))
         yield Pair(sides[0], sides[1], way)
 
 
@@ -210,8 +211,9 @@ def summary(samples: Sequence[tuple[int, dict[str, float]]]) -> dict[str, Any]:
         for row in rows:
             row["over one engine"] = row["prefill"] + row["decode"] - row["colocated"]
         found[str(length)] = {key: spread([row[key] for row in rows]) for key in rows[0]}
-    points = [(length / 1000, row["decode"]) for length, row in samples]
-    found["added per 1000 tokens, s"] = statistics.linear_regression(*zip(*points, strict=True))[0]
+    if len(found) > 1:
+        points = zip(*((length / 1000, row["decode"]) for length, row in samples), strict=True)
+        found["added per 1000 tokens, s"] = statistics.linear_regression(*points)[0]
     return found
 
 

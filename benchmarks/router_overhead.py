@@ -374,8 +374,7 @@ def write(args: argparse.Namespace, result: Mapping[str, Any], other_cpus: int) 
     full = {
         "command": f"python benchmarks/router_overhead.py --rounds {args.rounds} "
         f"--seconds {args.seconds:g} --clients {args.clients}",
-        "note": "Instances compute nothing. Other work ran on the machine; `cpu` figures are the "
-        "router's own processor time.",
+        "note": "Instances compute nothing; `cpu` figures are the router's own processor time.",
         "router_cpus": 1,
         "client_and_instance_cpus": other_cpus,
         "load_average": os.getloadavg(),
