@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     from vllm_plugins.arguments import EngineArguments
     from vllm_plugins.spec_decode.specvlm.listener import SpecVlmListener
+
+logger = logging.getLogger("vllm.vllm_plugins.specvlm")
 
 ARCHITECTURES = ("EagleSpecVLMLlamaForCausalLM", "EagleSpecVLMQwen2ForCausalLM")
 """Of a drafter's checkpoint, after the target's language model."""
@@ -134,7 +137,9 @@ class SpecVlmPlugin(WorkerPlugin):
         assert config.speculative_config is not None
         draft = config.speculative_config.draft_model_config
         _check_draft(options.model, config.model_config, draft)
-        _check_encoder_cache(config, *options.settings(draft).grid)
+        settings = options.settings(draft)
+        _check_encoder_cache(config, *settings.grid)
+        _check_block_size(config.cache_config.block_size, settings.block_size)
 
     def listener(self, options: SpecVlmOptions, config: VllmConfig) -> SpecVlmListener:
         """Make the part of one worker."""
@@ -209,6 +214,18 @@ def _check_encoder_cache(config: VllmConfig, lines: int, columns: int) -> None:
             f"{held}",
             f"set --max-num-batched-tokens to {2 * lines * columns} or more, or "
             "--limit-mm-per-prompt '{\"image\": 1}'",
+        )
+
+
+def _check_block_size(served: int | None, trained: int) -> None:
+    """Say so where the drafter sees other rows of an image than it was trained for."""
+    if served is not None and served != trained:
+        logger.warning(
+            "vllm-plugins: specvlm: KV blocks have %d tokens, the drafter was trained for %d and "
+            "sees other rows of an image than in training: --block-size %d",
+            served,
+            trained,
+            trained,
         )
 
 

@@ -103,8 +103,15 @@ def test_nothing_changes_the_compiled_layer():
     assert options.graph_values() == {}
 
 
-def test_a_plain_configuration_is_served(config):
+def test_a_plain_configuration_is_served(config, caplog):
     assert check(config) == ""
+    assert not caplog.text
+
+
+def test_another_block_size_than_trained_is_warned_of(config, caplog):
+    with caplog.at_level("WARNING", "vllm.vllm_plugins.specvlm"):
+        assert check(changed(config, "cache_config", "block_size", 128)) == ""
+    assert "the drafter was trained for 32" in caplog.text and "--block-size 32" in caplog.text
 
 
 @pytest.mark.parametrize(
