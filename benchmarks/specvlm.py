@@ -12,6 +12,7 @@ other work on the machine disturbs less than the clock on the wall. For one requ
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from pathlib import Path
@@ -26,8 +27,12 @@ BLOCK = 32
 
 def variants(drafter: Path, until: int) -> dict[str, str | None]:
     """Return what is given to ``--plugin``, by name."""
-    options = f"specvlm:model={drafter},draft_until_batch="
-    return {STOCK: None, STOPS: f"{options}{until}", ALWAYS: f"{options}none"}
+    ours = {"name": "specvlm", "model": str(drafter)}
+    return {
+        STOCK: None,
+        STOPS: json.dumps(ours | {"draft_until_batch": until}),
+        ALWAYS: json.dumps(ours | {"draft_until_batch": None}),
+    }
 
 
 def messages(data: Path, images: Path, count: int) -> list[list[dict[str, Any]]]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
     from vllm_plugins.engine.worker_host import RunnerView
+    from vllm_plugins.spec_decode.specvlm.model import SpecVlmModel
     from vllm_plugins.spec_decode.specvlm.plugin import SpecVlmOptions
 
 logger = init_logger("vllm.vllm_plugins.specvlm")
@@ -34,6 +35,7 @@ class SpecVlmListener(WorkerListener):
     def __init__(self, options: SpecVlmOptions, config: VllmConfig) -> None:
         self._options = options
         self._config = config
+        self._drafter: SpecVlmModel | None = None
         self._meter: DraftMeter | None = None
 
     def on_device_ready(self, device: torch.device) -> None:
@@ -45,6 +47,7 @@ class SpecVlmListener(WorkerListener):
         """Give the drafter the view of the worker."""
         drafter = runner.draft_model
         drafter.on_kv_cache_ready(runner)
+        self._drafter = drafter.model
         self._meter = DraftMeter(self._config, drafter.model.tally)
         settings = drafter.model.settings
         length = settings.grid[0] * settings.grid[1]
@@ -63,7 +66,9 @@ class SpecVlmListener(WorkerListener):
     def around_execute_model(
         self, scheduler_output: SchedulerOutput
     ) -> AbstractContextManager[Any]:
-        """Publish what earlier steps have counted."""
+        """Publish what earlier steps have counted; say whether this one drafts."""
+        if self._drafter is not None:
+            self._drafter.is_drafting = scheduler_output.num_spec_tokens_to_schedule > 0
         if self._meter is not None:
             self._meter.step()
         return nullcontext()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
+from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -76,6 +77,29 @@ class DraftLayers(nn.Module):
             hidden_states, residual = layer(positions, hidden_states, residual)
         return hidden_states + residual
 
+    def write_cache(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Leave in the KV cache what `forward` leaves there, and compute no more than that takes.
+
+        Of the last layer, which is the only one of a drafter that was trained here, these are keys
+        and values: no attention, no feed-forward. Shapes as those of `forward`.
+        """
+        residual = None
+        *before, last = self.layers
+        for layer in before:
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        if residual is not None:
+            hidden_states = hidden_states + residual
+        attention = last.self_attn
+        qkv, _ = attention.qkv_proj(last.input_layernorm(hidden_states))
+        query, key, value = qkv.split([attention.q_size, *[attention.kv_size] * 2], dim=-1)
+        query, key = attention.rotary_emb(positions, query, key)
+        inner = attention.attn
+        if inner.attn_backend.forward_includes_kv_cache_update:
+            inner(query, key, value)
+            return
+        key, value = (x.view(-1, inner.num_kv_heads, inner.head_size) for x in (key, value))
+        unified_kv_cache_update(key, value, inner.layer_name)
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the layers, whose projections vLLM stacks; the resampler's stay as they are."""
         return AutoWeightsLoader(self).load_weights(
@@ -122,6 +146,8 @@ class SpecVlmModel(nn.Module):
         self.tally = DraftTally(settings.select_from)
         self.image_rows = ImageRows(self.compressor, self.gate, settings, self.tally)
         self.view = HoleView()
+        self.is_drafting = True
+        """Whether the present step's drafts will be used; otherwise only the cache is kept up."""
         self.attention = [_give_holes(layer, self.view) for layer in self.decoder.layers]
 
     @property
@@ -149,7 +175,8 @@ class SpecVlmModel(nn.Module):
             has_images: Whether embeddings of an image may be among the rows.
 
         Returns:
-            Shape (rows, hidden); rows of an image that were dropped are zero.
+            Shape (rows, hidden); rows of an image that were dropped are zero. Without meaning in
+            steps that draft nothing.
         """
         fused = self.fc(torch.cat((embeddings, features), -1))
         plan = None
@@ -157,8 +184,14 @@ class SpecVlmModel(nn.Module):
             plan_span = functools.partial(plan_image, self.settings)
             plan = plan_current_step(self.view, self.attention[0], plan_span)
         if plan is None:
-            return self.decoder(positions, fused)
+            return self._decode(positions, fused)
         return self._forward_compact(plan, positions, fused, features)
+
+    def _decode(self, positions: torch.Tensor, fused: torch.Tensor) -> torch.Tensor:
+        if self.is_drafting:
+            return cast("torch.Tensor", self.decoder(positions, fused))
+        self.decoder.write_cache(positions, fused)
+        return fused
 
     def _forward_compact(
         self,
@@ -171,7 +204,7 @@ class SpecVlmModel(nn.Module):
         own, places = fused[rows], positions[rows]
         self.image_rows.fill(plan, own, places, fused, positions, features)
         with compact_rows(self.view, self.attention, plan):
-            drafted = self.decoder(places, own)
+            drafted = self._decode(places, own)
         return fused.new_zeros(fused.shape).index_copy_(0, rows, drafted)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

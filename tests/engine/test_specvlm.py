@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import torch
 
 from tests.engine.specvlm_engine import (
     PROMPTS,
@@ -164,3 +165,27 @@ def test_it_stops_drafting_for_large_batches(stock):
         assert drafted.pop(6) == 0
         assert greedy(llm, PROMPTS[:1]) == stock[:1]
         assert drafted[1] == 5
+
+
+def test_what_is_not_drafted_leaves_the_same_cache(stock):
+    """Beside other requests nothing is drafted: only keys and values are computed, and rightly."""
+    with engine({"draft_until_batch": 2}) as llm:
+        decoder = drafter_of(llm).model.decoder
+        cache, write_cache = decoder.layers[0].self_attn.attn.kv_cache, decoder.write_cache
+        written = []
+
+        def compare(positions, hidden_states):
+            before = cache.clone()
+            decoder(positions, hidden_states)
+            full = cache.clone()
+            cache.copy_(before)
+            write_cache(positions, hidden_states)
+            torch.testing.assert_close(cache, full, rtol=0, atol=1e-6)
+            written.append(not torch.equal(cache, before))
+
+        decoder.write_cache = compare
+        assert greedy(llm, PROMPTS[:6]) == stock[:6]
+        assert len(written) > 20 and all(written)
+        count = len(written)
+        assert greedy(llm, PROMPTS[:1]) == stock[:1]
+        assert len(written) == count

@@ -7,6 +7,7 @@ survives.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -56,7 +57,11 @@ class DraftingEngine:
 
         plugin = engine_args(wanted["plugin"]) if wanted["plugin"] else {}
         arguments = {"disable_log_stats": False, "enable_prefix_caching": False}
+        # On CPU, vLLM 0.32's kernel handles read a tensor when they are collected, which overflows
+        # the stack if torch.compile is tracing just then.
+        gc.disable()
         self._llm = LLM(wanted["model"], **arguments | wanted["arguments"] | plugin)
+        gc.enable()
         self._messages = [_message(*prompt) for prompt in wanted["prompts"]]
         self._tokens = wanted["tokens"]
         self._ignore_eos = wanted["ignore_eos"]
