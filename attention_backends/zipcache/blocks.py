@@ -106,6 +106,11 @@ class Part:
 class BlockLife:
     """Follows blocks through the steps of an engine.
 
+    Attributes:
+        state: Where each block's tokens are, int32, shape (blocks,).
+        sealed: Blocks sealed so far, by reason.
+        parts: What each request has to do in this step, by the block that it writes last.
+
     Args:
         options: What decides about them.
         num_blocks: Of the cache.
@@ -123,7 +128,8 @@ class BlockLife:
         self._staged: dict[int, _Staged] = {}
         self._row_seen = np.zeros((options.rows, options.block_size), dtype=np.int32)
         self._new: set[int] = set()
-        self._parts: dict[int, Part] = {}
+        self.parts: dict[int, Part] = {}
+        self._changed: set[int] = set()
         self._seals: list[tuple[int, int, int, np.ndarray]] = []
 
     @property
@@ -131,9 +137,14 @@ class BlockLife:
         """Blocks that wait for their quota."""
         return len(self._staged)
 
+    @property
+    def changed(self) -> list[int]:
+        """Blocks whose state this step has changed."""
+        return list(self._changed)
+
     def part(self, block: int) -> Part:
         """Return what the request that writes a block last in this step has to do in it."""
-        return self._parts[block]
+        return self.parts[block]
 
     # ---- One step --------------------------------------------------------------------------------
 
@@ -146,7 +157,7 @@ class BlockLife:
         Returns:
             The blocks to seal, in every layer, before anything of the step is written.
         """
-        self._seals, self._parts, self._new = [], {}, set()
+        self._seals, self.parts, self._new, self._changed = [], {}, set(), set()
         for name in output.finished_req_ids:
             self._end(name)
             self._prompts.pop(name, None)
@@ -163,7 +174,7 @@ class BlockLife:
         for name, n in counts.items():
             request = self._requests[name]
             last = request.blocks[(request.computed - 1) // self.options.block_size]
-            self._parts[last] = self._part(request, request.computed - n, decoding[name])
+            self.parts[last] = self._part(request, request.computed - n, decoding[name])
         return self._take_seals()
 
     def _admit(self, output: SchedulerOutput) -> None:
@@ -197,6 +208,10 @@ class BlockLife:
         if request.row != NO_ROW:
             self._free_rows.append(request.row)
 
+    def _move(self, block: int, state: int) -> None:
+        self.state[block] = state
+        self._changed.add(block)
+
     # ---- What a request writes -------------------------------------------------------------------
 
     def _plan(self, request: _Request, count: int) -> bool:
@@ -209,7 +224,7 @@ class BlockLife:
         for index in range(first // size, -(-end // size)):
             block, is_new = request.blocks[index], index * size >= first
             if is_new:
-                self.state[block] = SEALED
+                self._move(block, SEALED)
             if (index + 1) * size <= end and not decoding:
                 self._fill(request, index, block)
             else:
@@ -224,12 +239,12 @@ class BlockLife:
             request.row = self._free_rows.pop()
         if is_new:
             self._row_seen[request.row] = 0
-        self.state[block] = RAW - request.row
+        self._move(block, RAW - request.row)
 
     def _fill(self, request: _Request, index: int, block: int) -> None:
         """Let a prompt's block be staged, or sealed at once where there is no choice to make."""
         if not self.options.chooses:
-            self.state[block] = SEALED
+            self._move(block, SEALED)
             return
         raw = int(self.state[block]) <= RAW
         seen = self._row_seen[request.row].copy() if raw else np.zeros_like(self._row_seen[0])
@@ -237,7 +252,7 @@ class BlockLife:
             self._seal_block(next(b for b in self._staged if b not in self._new), "pressure")
         row = self._free_staging.pop()
         self._staged[block] = _Staged(row, index, request, seen)
-        self.state[block] = row
+        self._move(block, row)
         self._new.add(block)
         request.staged.append(block)
 
@@ -277,7 +292,7 @@ class BlockLife:
             weight = self._weight(self._row_seen[request.row], index, request)
         self._seals.append((block, RAW - request.row, index, weight))
         self.sealed[reason] += 1
-        self.state[block] = SEALED
+        self._move(block, SEALED)
         request.filled = None
 
     def _seal_staged(self, request: _Request, reason: str) -> None:
@@ -289,7 +304,7 @@ class BlockLife:
         weight = self._weight(staged.seen, staged.index, staged.request)
         self._seals.append((block, staged.row, staged.index, weight))
         self.sealed[reason] += 1
-        self.state[block] = SEALED
+        self._move(block, SEALED)
         staged.request.staged.remove(block)
         self._free_staging.append(staged.row)
 

@@ -79,6 +79,7 @@ class ZipCacheCpuMetadataBuilder(AttentionMetadataBuilder[ZipCacheCpuMetadata]):
     """Describes batches; what becomes of blocks stands in `life`, which the listener sets."""
 
     life: BlockLife | None = None
+    tables: None = None
 
     def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)

@@ -9,12 +9,13 @@ import torch
 
 from vllm_plugins.attention_backends.zipcache import cpu_kernels, torch_kernels
 from vllm_plugins.attention_backends.zipcache.batch import RAW, SEALED, Batch, LayerMemory, Seals
-from vllm_plugins.attention_backends.zipcache.page import PageFormat
+from vllm_plugins.attention_backends.zipcache.page import BLOCK_SIZES, PageFormat
 from vllm_plugins.attention_backends.zipcache.plugin import ZipCacheOptions
 from vllm_plugins.bench.kernels import STOCK, KernelCase
 from vllm_plugins.errors import PluginError
 
 if TYPE_CHECKING:
+    from vllm_plugins.attention_backends.zipcache.cuda_kernel_cases import CudaLayer
     from vllm_plugins.bench.kernels import KernelShape, Load
 
 
@@ -27,22 +28,36 @@ def kernel_cases(shape: KernelShape, load: Load, options: dict[str, Any]) -> Seq
         options: The plug-in's, validated.
 
     Raises:
-        PluginError: It is not decode.
+        PluginError: It is not decode, or there are no pages of such blocks.
     """
     if load.phase != "decode":
         raise PluginError(
             "--kernel zipcache --phase prefill", "a prompt in one chunk reads no page",
             "time it in decode",
         )  # fmt: skip
+    if shape.block_size not in BLOCK_SIZES:
+        raise PluginError(
+            f"--kernel zipcache --block-size {shape.block_size}", "pages are of other sizes",
+            f"use one of {', '.join(map(str, BLOCK_SIZES))}",
+        )  # fmt: skip
     chosen = ZipCacheOptions.model_validate(options)
     page = PageFormat.of(shape.block_size, shape.head_size, chosen.bits, chosen.salient_ratio)
-    layer = _PackedLayer(shape, load, page)
+    layer = _layer(shape, load, page)
     tokens = load.batch * load.context
     return [
         KernelCase(STOCK, layer.stock(), tokens * shape.token_bytes),
         KernelCase("zipcache", layer.packed(), tokens * shape.kv_heads * page.token_bytes),
         KernelCase("zipcache, seal one block", layer.sealing(), 0),
     ]
+
+
+def _layer(shape: KernelShape, load: Load, page: PageFormat) -> CudaLayer | _PackedLayer:
+    if shape.device != "cuda":
+        return _PackedLayer(shape, load, page)
+    # Its kernels are in Triton, which a CPU build may lack.
+    from vllm_plugins.attention_backends.zipcache.cuda_kernel_cases import CudaLayer
+
+    return CudaLayer(shape, load, page)
 
 
 class _PackedLayer:

@@ -13,7 +13,12 @@ from vllm_plugins.plugin import AttentionPlugin, Options, Paper, Requirements
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from vllm_plugins.arguments import EngineArguments
     from vllm_plugins.attention_backends.zipcache.worker import ZipCacheListener
+
+CUDA_BLOCK_SIZE = 64
+# The kernels keep a quarter of a head for each of 16 queries or 64 keys in registers.
+CUDA_LARGEST_HEAD = 256
 
 
 class ZipCacheOptions(Options):
@@ -117,15 +122,26 @@ class ZipCachePlugin(AttentionPlugin):
         "approximate by bits and salient_ratio; exact with all layers in skip_layers, and for a "
         "sequence within one block"
     )
-    requires = Requirements(vllm=">=0.32", platforms=frozenset({"cpu"}), runners=frozenset({"V1"}))
+    requires = Requirements(
+        vllm=">=0.32", platforms=frozenset({"cpu", "cuda"}), runners=frozenset({"V1"})
+    )
     conflicts: ClassVar[dict[str, str]] = {
         "kvshare": "it moves KV, and packed pages depend on what else attended to them",
     }
     Options: ClassVar[type[Options]] = ZipCacheOptions
     backends: ClassVar[dict[str, str]] = {
         "cpu": "vllm_plugins.attention_backends.zipcache.cpu_backend.ZipCacheCpuBackend",
+        "cuda": "vllm_plugins.attention_backends.zipcache.cuda_backend.ZipCacheCudaBackend",
     }
     kernel_cases = "vllm_plugins.attention_backends.zipcache.kernel_cases.kernel_cases"
+
+    def configure(self, options: ZipCacheOptions, arguments: EngineArguments) -> None:
+        """Choose the backend, and on CUDA, whose default is too small, the size of blocks."""
+        from vllm.platforms import current_platform
+
+        super().configure(options, arguments)
+        if current_platform.device_type == "cuda" and not arguments.is_set("block_size"):
+            arguments.set("block_size", CUDA_BLOCK_SIZE)
 
     def check(self, options: ZipCacheOptions, config: VllmConfig) -> None:
         """Refuse models and settings whose KV cache ZipCache cannot keep."""
@@ -144,7 +160,11 @@ class ZipCachePlugin(AttentionPlugin):
                 f"is below --max-num-batched-tokens, {least}, so that a step's tokens have no room",
                 "raise it or lower --max-num-batched-tokens",
             )
-        for flag, reason, mend in _unsupported(config):
+        from vllm.platforms import current_platform
+
+        is_cuda = current_platform.device_type == "cuda"
+        found = [*_unsupported(config), *(_unsupported_on_cuda(config) if is_cuda else ())]
+        for flag, reason, mend in found:
             raise PluginError(f"--plugin zipcache with {flag}", reason, mend)
 
     def listener(self, options: ZipCacheOptions, config: VllmConfig) -> ZipCacheListener:
@@ -227,6 +247,37 @@ def _unsupported(config: VllmConfig) -> list[tuple[str, str, str]]:
                 "a block's tokens would lie on several ranks",
                 "use tensor parallelism",
             ),
+        ),
+    ]
+    return [problem for applies, problem in found if applies]
+
+
+def _unsupported_on_cuda(config: VllmConfig) -> list[tuple[str, str, str]]:
+    """Return what the engine's configuration has that the Triton kernels cannot serve."""
+    import torch
+    from vllm.platforms import current_platform
+
+    head, dtype = config.model_config.get_head_size(), config.model_config.dtype
+    found: list[tuple[Any, tuple[str, str, str]]] = [
+        (
+            not config.model_config.use_mla and head > CUDA_LARGEST_HEAD,
+            (
+                "this model",
+                f"its heads have {head} channels, the kernels know {CUDA_LARGEST_HEAD}",
+                "drop the plug-in for this model",
+            ),
+        ),
+        (
+            dtype not in (torch.bfloat16, torch.float16),
+            (f"--dtype {dtype}", "tensor cores multiply 16 bits", "use bfloat16 or float16"),
+        ),
+        (
+            not current_platform.has_device_capability(80),
+            ("this GPU", "the kernels need compute capability 8.0", "use an Ampere or newer GPU"),
+        ),
+        (
+            config.parallel_config.use_ubatching,
+            ("--enable-dbo", "both halves of a batch would share their buffers", "drop it"),
         ),
     ]
     return [problem for applies, problem in found if applies]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
 
+    from vllm_plugins.attention_backends.zipcache.block_tables import BlockTables
     from vllm_plugins.attention_backends.zipcache.plugin import ZipCacheOptions
     from vllm_plugins.engine.worker_host import RunnerView
 
@@ -48,6 +50,25 @@ class PackedLayer(ABC):
     def backend(bits: str, salient_ratio: float) -> type[Any]:
         """Return vLLM's backend class that asks for pages of these options."""
 
+    @staticmethod
+    def share(layers: Sequence[Any], config: VllmConfig) -> int:
+        """Take what layers use one after the other; return its bytes.
+
+        Args:
+            layers: All packed ones.
+            config: The engine's configuration.
+        """
+        return 0
+
+    @staticmethod
+    def tables(num_blocks: int, config: VllmConfig, device: torch.device) -> BlockTables | None:
+        """Return what kernels on a device read of blocks; those of the host read their life."""
+        return None
+
+    def warm_up(self) -> None:
+        """Compile what is compiled on first use; the layer has its pages."""
+        return
+
     @abstractmethod
     def use_cache(self, kv_cache: torch.Tensor) -> None:
         """Take the layer's pages once vLLM has allocated them."""
@@ -70,6 +91,7 @@ class ZipCacheListener(WorkerListener):
         self._config = config
         self._packed: dict[str, Any] = {}
         self._life: BlockLife | None = None
+        self._tables: BlockTables | None = None
         self._meter: BlockMeter | None = None
 
     def on_model_loaded(self, model: torch.nn.Module) -> None:
@@ -88,6 +110,8 @@ class ZipCacheListener(WorkerListener):
             layer.attn_backend = layer.impl.backend(self._options.bits, self._options.salient_ratio)
             self._packed[name] = layer.impl
             total += memory.bytes
+        impls = list(self._packed.values())
+        total += impls[0].share(impls, self._config) if impls else 0
         logger.info(
             "vllm-plugins: zipcache is on (attention backend): %d layers packed, %d not; %.0f MiB "
             "besides the cache; %s",
@@ -132,12 +156,15 @@ class ZipCacheListener(WorkerListener):
             )
         for name, impl in self._packed.items():
             impl.use_cache(runner.attention_layer(name).kv_cache)
-        life = BlockLife(self._life_options(), runner.kv_cache_config.num_blocks)
+            impl.warm_up()
+        num_blocks = runner.kv_cache_config.num_blocks
+        life = BlockLife(self._life_options(), num_blocks)
+        tables = impl.tables(num_blocks, self._config, runner.device)
         for group in (g for groups in runner.attention_groups for g in groups):
             if set(group.layer_names) <= self._packed.keys():
                 for builder in group.metadata_builders:
-                    builder.life = life
-        self._life, self._meter = life, BlockMeter(self._config)
+                    builder.life, builder.tables = life, tables
+        self._life, self._meter, self._tables = life, BlockMeter(self._config), tables
         [group] = runner.kv_cache_config.kv_cache_groups
         spec = group.kv_cache_spec
         self._meter.set_token_bytes(_layer_bytes(spec, len(group.layer_names)) // spec.block_size)
@@ -162,6 +189,9 @@ class ZipCacheListener(WorkerListener):
         """Seal what is due before a step writes anything."""
         if self._life is not None and self._meter is not None:
             seals = self._life.begin_step(scheduler_output)
+            if self._tables is not None:
+                self._tables.step(self._life)
+                seals = self._tables.send(seals) if seals is not None else None
             if seals is not None:
                 for impl in self._packed.values():
                     impl.seal(seals)

@@ -31,3 +31,23 @@ def layers_keep_their_backend() -> None:
 
     source = inspect.getsource(Attention.get_attn_backend)
     expect("return self.attn_backend" in source, "a layer's backend is looked up anew")
+
+
+def flash_attention_takes_pages() -> None:
+    """The stock CUDA kernel, which only a CUDA build imports, takes paged keys and an output."""
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    from vllm.v1.attention.backends import fa_utils
+
+    expect("flash_attn_varlen_func," in inspect.getsource(fa_utils), "it is imported otherwise")
+    spec = find_spec("vllm")
+    assert spec is not None and spec.submodule_search_locations
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    source = (folder / "vllm_flash_attn" / "flash_attn_interface.py").read_text()
+    _, _, function = source.partition("def flash_attn_varlen_func(")
+    signature, _, _ = function.partition("):")
+    wanted = ("q", "k", "v", "out", "cu_seqlens_q", "max_seqlen_q", "seqused_k", "max_seqlen_k",
+              "softmax_scale", "causal", "block_table", "fa_version")  # fmt: skip
+    names = {line.partition("=")[0].partition(":")[0].strip(" ,") for line in signature.split("\n")}
+    expect(names >= set(wanted), f"it lacks {sorted(set(wanted) - names)}")

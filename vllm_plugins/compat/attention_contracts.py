@@ -154,7 +154,30 @@ PAGES = (
         "The life of blocks follows the scheduler.", BLOCKS),
 )  # fmt: skip
 
+PACKED_CUDA = "attention_backends/zipcache/cuda_backend.py"
+_UTILS = "vllm.v1.attention.backends.fa_utils"
+
+PACKED_CUDA_BACKEND = (
+    has(f"{_FLASH}:FlashAttentionImpl", "num_kv_heads", "Heads of a packed page.", PACKED_CUDA),
+    has(f"{_BACKEND}:AttentionCGSupport", "UNIFORM_SINGLE_TOKEN_DECODE",
+        "Steps that only decode run as graphs.", PACKED_CUDA, kind="object"),
+    has(f"{_BACKEND}:CommonAttentionMetadata", "max_seq_len", "A batch.", PACKED_CUDA),
+    has("vllm.v1.kv_cache_interface:KVCacheLayout", "LBHNC", "Pages are whole for each layer.",
+        PACKED_CUDA, kind="object"),
+    is_class("vllm.platforms.interface:DeviceCapability", "What is refused.", PACKED_CUDA),
+    has("vllm.platforms.interface:DeviceCapability", "major", "What is refused.", PACKED_CUDA),
+    method("vllm.platforms.interface:Platform.has_device_capability",
+           f"capability, {REST_OPTIONAL}", "What is refused.",
+           "attention_backends/zipcache/plugin.py"),
+    has("vllm.platforms:current_platform", "has_device_capability", "What is refused.",
+        "attention_backends/zipcache/plugin.py", kind="object"),
+    method(f"{_UTILS}:get_flash_attn_version", REST_OPTIONAL,
+           "The stock kernel in kernel benchmarks."),
+    behaves(f"{_UTILS}:flash_attn_varlen_func", behaviours.flash_attention_takes_pages,
+            "The stock kernel in kernel benchmarks."),
+)  # fmt: skip
+
 ATTENTION_CONTRACTS: tuple[Contract, ...] = tuple(
     replace(contract, vllm=load("hip").requires.vllm)
-    for contract in (*ENTRY, *CPU_BACKEND, *CUDA_BACKEND, *PAGES)
+    for contract in (*ENTRY, *CPU_BACKEND, *CUDA_BACKEND, *PAGES, *PACKED_CUDA_BACKEND)
 )

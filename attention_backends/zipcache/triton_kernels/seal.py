@@ -1,0 +1,115 @@
+"""Sealing: which tokens of a block are salient, and their low planes side by side in the page."""
+
+import triton
+import triton.language as tl
+
+from vllm_plugins.attention_backends.zipcache.batch import LayerMemory, Seals
+from vllm_plugins.attention_backends.zipcache.triton_kernels.pack import pack_keys, pack_values
+from vllm_plugins.attention_backends.zipcache.triton_kernels.pages import (
+    RAW,
+    part,
+    quarter_pad,
+    ranks,
+    typed,
+)
+
+# Tokens that are compared with others, or copied, at once.
+CHUNK = tl.constexpr(32)
+
+
+@triton.jit
+def _choose(
+    sums: tl.tensor, weight: tl.tensor, forced: tl.tensor, bits: tl.tensor,
+    block_size: tl.constexpr, salient: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write which tokens have the highest scores; of equal ones the earlier wins."""
+    for begin in tl.static_range(0, block_size, CHUNK):
+        t = begin + tl.arange(0, CHUNK)
+        score = tl.load(sums + t) * tl.load(weight + t)
+        score = tl.where(t < forced, float("inf"), score)[:, None]
+        before = tl.zeros([CHUNK], tl.int32)
+        for other in range(0, block_size, CHUNK):
+            u = other + tl.arange(0, CHUNK)
+            rival = tl.load(sums + u) * tl.load(weight + u)
+            rival = tl.where(u < forced, float("inf"), rival)[None, :]
+            wins = (rival > score) | ((rival == score) & (u[None, :] < t[:, None]))
+            before += tl.sum(wins.to(tl.int32), axis=1)
+        chosen = tl.reshape((before < salient).to(tl.int32), [CHUNK // 8, 8])
+        byte = tl.sum(chosen << tl.arange(0, 8)[None, :], axis=1)
+        tl.store(bits + begin // 8 + tl.arange(0, CHUNK // 8), byte.to(tl.uint8))
+
+
+@triton.jit
+def _keep_low(
+    staged: tl.tensor, low: tl.tensor, words: tl.tensor, j: tl.tensor, block_size: tl.constexpr,
+    row: tl.constexpr,
+) -> None:  # fmt: skip
+    """Copy the salient tokens' rows of a staged plane."""
+    for begin in range(0, block_size, CHUNK):
+        t = begin + tl.arange(0, CHUNK)
+        rank, is_salient = ranks(words, t, block_size)
+        mask = is_salient[:, None] & (j < row)[None, :]
+        plane = tl.load(staged + t[:, None] * row + j[None, :], mask=mask)
+        tl.store(low + rank[:, None] * row + j[None, :], plane, mask=mask)
+
+
+@triton.jit
+def _seal(
+    block: tl.tensor, source: tl.tensor, forced: tl.tensor, weight: tl.tensor, cache: tl.tensor,
+    halves: tl.tensor, words: tl.tensor, residual: tl.tensor, residual_sums: tl.tensor,
+    staging: tl.tensor, staging_sums: tl.tensor, page_block: tl.tensor, page_head: tl.tensor,
+    scaled: tl.constexpr, block_size: tl.constexpr, head: tl.constexpr, quarter: tl.constexpr,
+    salient: tl.constexpr,
+) -> None:  # fmt: skip
+    """Seal one block of one KV head."""
+    h, i, kv_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    place = tl.load(source + i)
+    at = tl.load(block + i).to(tl.int64) * page_block + h * page_head
+    bits = words + at // 4 + part("bitmap", block_size, head, salient, 4)
+    is_raw = place <= RAW
+    held = tl.where(is_raw, -place + RAW, place).to(tl.int64) * kv_heads + h
+    sums = residual_sums + held * block_size
+    if is_raw == 0:
+        sums = staging_sums + held * block_size
+    _choose(
+        sums, weight + i.to(tl.int64) * block_size, tl.load(forced + i),
+        cache + at + part("bitmap", block_size, head, salient), block_size, salient,
+    )  # fmt: skip
+    # The bits are read again, by other threads than those that have written them.
+    tl.debug_barrier()
+    j = tl.arange(0, quarter)
+    k_low = cache + at + part("k_low", block_size, head, salient)
+    v_low = cache + at + part("v_low", block_size, head, salient)
+    if is_raw:
+        raw = residual + held * (2 * block_size * head)
+        pack_keys(
+            raw, raw, head, block_size, cache + at, halves + at // 2, bits, k_low, salient, j, True,
+            block_size, head, salient,
+        )  # fmt: skip
+        raw += block_size * head
+        pack_values(
+            raw, raw, head, block_size, cache + at, halves + at // 2, bits, v_low, salient, j, True,
+            scaled, block_size, head, salient,
+        )  # fmt: skip
+    else:
+        staged = staging + held * (2 * block_size * (head // 4))
+        _keep_low(staged, k_low, bits, j, block_size, head // 4)
+        staged += block_size * (head // 4)
+        _keep_low(staged, v_low, bits, j, block_size, head // 4)
+
+
+def seal(layer: LayerMemory, seals: Seals) -> None:
+    """Apply blocks' quotas.
+
+    Args:
+        layer: The layer's memory.
+        seals: The blocks, on the layer's device.
+    """
+    page, kv_heads = layer.page, layer.residual.shape[1]
+    _seal[(kv_heads, len(seals.block))](
+        seals.block, seals.source, seals.forced, seals.weight, *typed(layer.cache),
+        layer.residual, layer.residual_sums, layer.staging, layer.staging_sums,
+        *layer.cache.stride()[:2], scaled=layer.scaled, block_size=page.block_size,
+        head=page.head_size, quarter=quarter_pad(page.head_size), salient=page.salient,
+        num_warps=8,
+    )  # fmt: skip

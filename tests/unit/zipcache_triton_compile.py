@@ -1,0 +1,79 @@
+"""Compiles ZipCache's kernels for sm_90, without a GPU; `test_zipcache_triton` runs this.
+
+The first argument, if there is one, is a folder for what was compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from tests.unit.hip_triton_compile import Hopper, resources
+from vllm_plugins.attention_backends.zipcache.batch import LayerMemory, Seals
+from vllm_plugins.attention_backends.zipcache.page import PageFormat
+from vllm_plugins.attention_backends.zipcache.triton_kernels import ops
+from vllm_plugins.attention_backends.zipcache.triton_kernels.batches import (
+    FIELDS,
+    DeviceBatch,
+    Workspace,
+)
+
+# Query heads, kv heads, head size, block size.
+CASES = [(32, 8, 128, 64)]
+
+
+def main(folder: str) -> None:
+    """Compile what each case launches; fail on anything in local memory."""
+    driver.set_active(Hopper())
+    compiled = []
+
+    def compile_only(self, grid):
+        return lambda *args, **options: compiled.append(
+            (self.__name__, self.run(*args, grid=grid, warmup=True, **options))
+        )
+
+    JITFunction.__getitem__ = compile_only
+    for case in CASES:
+        launch(*case)
+        for number, (name, kernel) in enumerate(compiled):
+            registers, stack, local = resources(kernel.asm["cubin"])
+            print(case, name, registers, "registers", kernel.metadata.shared, "bytes shared",
+                  stack, local, flush=True)  # fmt: skip
+            for kind in ("ttgir", "ptx", "cubin") if folder else ():
+                code = kernel.asm[kind]
+                path = Path(folder) / f"{name}.{number}.{kind}"
+                path.write_bytes(code if isinstance(code, bytes) else code.encode())
+            assert stack == local == 0
+        compiled.clear()
+
+
+def launch(heads: int, kv_heads: int, size: int, block_size: int) -> None:
+    """Launch every kernel as the backend does: prompts and decodes, and both kinds of seals."""
+    page, dtype = PageFormat.of(block_size, size, "4/2", 0.6), torch.bfloat16
+    layer = LayerMemory.take(page, kv_heads, 4, 4, dtype)
+    layer.cache = torch.zeros(8, kv_heads, page.bytes, dtype=torch.uint8)
+    ints = torch.zeros(8, dtype=torch.int32)
+    batch = DeviceBatch(
+        ints[:5], ints[:4], torch.zeros(4, 64, dtype=torch.int32),
+        torch.zeros(64, dtype=torch.int64), ints, torch.zeros(8, FIELDS.value, dtype=torch.int32),
+        ints, ints, ints[:1], torch.zeros(2, 2, dtype=torch.int32), 64, 64, True,
+    )  # fmt: skip
+    query = torch.zeros(64, heads, size, dtype=dtype)
+    key = torch.zeros(64, kv_heads, size, dtype=dtype)
+    space = Workspace.take(4, 64, heads, kv_heads, size, 33, "cpu")
+    ops.zipcache_attend(layer, query, key, key, torch.empty_like(query), batch, space, 0.1)
+    ops.zipcache_write(layer, key, key, batch)
+    ops.zipcache_score(layer, query, key, batch, space, 0.1)
+    ops.zipcache_seal(layer, Seals(ints, ints, ints, torch.zeros(8, block_size)))
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        main(sys.argv[1] if len(sys.argv) > 1 else "")
