@@ -76,9 +76,9 @@ class Rig:
         return sum(float(line.split()[-1]) for line in lines if line.startswith(start))
 
     async def idle(self) -> None:
-        """Wait until nothing is open any more, and check that every ledger is at zero."""
+        """Wait until nothing is open or held any more, and check that every ledger is at zero."""
         fakes = [*self.prefill, *self.decode, *self.encode]
-        while any(fake.active for fake in fakes) or any(self._open()):
+        while any(fake.active for fake in fakes) or any(self._open()) or self.services.held:
             await asyncio.sleep(0.005)
         for instance in self.services.fleet:
             load = self.services.ledger.load(instance)

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from vllm_plugins.errors import PluginError
 from vllm_plugins.plugin import Options, Paper, Requirements, SchedulerPlugin
+from vllm_plugins.wire.options import ListenerOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -23,8 +24,17 @@ MODULE = "vllm_plugins.kv_connectors.epd.connector"
 MANAGER = "vllm_plugins.kv_connectors.epd.early_prefill.EpdEncoderCacheManager"
 
 
-class EpdOptions(Options):
+class EpdOptions(ListenerOptions):
     """Options of EPD."""
+
+    meanings: ClassVar[dict[str, str]] = {
+        "bind_host": "IP address that an encode server listens on and tells others.",
+        "port": "TCP port that it listens on; 0 takes a free one.",
+        "allow_remote": "Whether embeddings may travel between hosts: bind_host may be other than "
+        "loopback, and a prefill server connects to other than loopback.",
+        "secret_file": "File with the secret, of at least 32 bytes, that servers prove to each "
+        "other; by default one of the user's own on this host.",
+    }
 
     role: Literal["encode", "prefill", "colocated"] = Field(
         description="What this server does: encode images (or other media) and nothing else; "
@@ -54,23 +64,6 @@ class EpdOptions(Options):
     early_prefill: bool = Field(
         True, description="Compute the text before an item while the item is on its way."
     )
-    bind_host: str = Field(
-        "127.0.0.1",
-        description="IP address that an encode server listens on and tells others.",
-    )
-    port: int = Field(
-        0, ge=0, le=65535, description="TCP port that it listens on; 0 takes a free one."
-    )
-    allow_remote: bool = Field(
-        False,
-        description="Whether embeddings may travel between hosts: bind_host may be other than "
-        "loopback, and a prefill server connects to other than loopback.",
-    )
-    secret_file: Path | None = Field(
-        None,
-        description="File with the secret, of at least 32 bytes, that servers prove to each other; "
-        "by default one of the user's own on this host.",
-    )
 
     @model_validator(mode="after")
     def _consistent(self) -> EpdOptions:
@@ -95,8 +88,7 @@ def _check_bind_host(options: EpdOptions) -> None:
             f"bind_host={options.bind_host} is no address that others can connect to: name the "
             "one of the network they are in"
         )
-    if not address.is_loopback and not options.allow_remote:
-        raise ValueError(f"bind_host={options.bind_host} needs allow_remote=true")
+    options.check_reach("bind_host")
     if not address.is_loopback and options.secret_file is None:
         raise ValueError(f"bind_host={options.bind_host} needs secret_file: the default is local")
 

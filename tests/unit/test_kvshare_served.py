@@ -21,8 +21,9 @@ from vllm_plugins.bench.errors import BenchError
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import kvshare_served as bench  # noqa: E402
-from kvshare_served import Asked, HangUp, Request, Shape  # noqa: E402
+import kvshare_served_requests as bench  # noqa: E402
+from kvshare_served import READER  # noqa: E402
+from kvshare_served_requests import Asked, HangUp, Request, Shape  # noqa: E402
 
 SHAPE = Shape(requests=40, tenants=3, documents=7, per_prompt=3)
 CATEGORY_OF = {word: name for name, words in CATEGORIES.items() for word in words.split()}
@@ -189,7 +190,7 @@ def test_too_many_documents_for_the_readers_vocabulary_are_refused():
 @torch.no_grad()
 def test_a_full_prefill_by_the_reader_answers_them(reader_prompts):
     torch.set_num_threads(1)
-    reader = load(bench.READER)
+    reader = load(READER)
     right = [
         reader(torch.tensor([asked.prompt])).logits[0, -1].argmax() == asked.answer
         for asked in reader_prompts
@@ -238,6 +239,6 @@ def test_a_library_that_is_too_short_is_said_to_be(tmp_path, monkeypatch):
 
 
 def test_prompts_have_about_the_length_that_is_wanted():
-    corpus = bench.text_corpus(bench.READER, 600, 4, seed=0)
+    corpus = bench.text_corpus(READER, 600, 4, seed=0)
     _, measured = bench.make_requests(Shape(requests=10), corpus, Random(0))
     assert all(570 <= len(r.asked.prompt) <= 600 for r in measured)

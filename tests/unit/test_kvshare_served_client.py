@@ -18,8 +18,8 @@ from vllm_plugins.bench.errors import ProcessFailedError
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import kvshare_served as bench  # noqa: E402
-from kvshare_served import Asked, HangUp, Request  # noqa: E402
+import kvshare_served_client as client  # noqa: E402
+from kvshare_served_requests import Asked, HangUp, Request  # noqa: E402
 
 
 def request(*prompt, hang_up=None, **changes):
@@ -54,7 +54,7 @@ def exchange(
         server = SimpleNamespace(url=url, model="m", label="fake", log=Path("no.log"), check=check)
         times = starts or [0.0] * len(requests)
         try:
-            outcomes = await bench.send_all(server, requests, times, limit, patience)
+            outcomes = await client.send_all(server, requests, times, limit, patience)
             if then:
                 await then()
             return outcomes
@@ -164,7 +164,7 @@ def test_each_request_is_sent_at_its_time():
 
 
 def test_a_server_that_dies_ends_the_wait(monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(bench, "WATCH_S", 0.01)
+    monkeypatch.setattr(client, "WATCH_S", 0.01)
     log = tmp_path / "log"
     log.write_text("the last words\n")
     asked = []

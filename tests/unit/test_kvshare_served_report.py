@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import kvshare_served as bench  # noqa: E402
-from kvshare_served import Asked, HangUp, Outcome, Request, Trial  # noqa: E402
+import kvshare_served_report as report  # noqa: E402
+from kvshare_served_client import Outcome  # noqa: E402
+from kvshare_served_requests import Asked, HangUp, Request, arrivals  # noqa: E402
+from kvshare_served_trial import Trial, check_lengths, counted, plan, since  # noqa: E402
 
 
 def request(*prompt, hang_up=None, **changes):
@@ -43,8 +46,8 @@ def test_figures_are_those_of_requests_that_were_answered_to_their_end():
         outcome(sent=1.0),
         outcome(30.0, error="HTTP 500"),
     ]
-    found = bench.summarise(requests, outcomes)
-    assert {name: found[name] for name in bench.COUNTS} == {
+    found = report.summarise(requests, outcomes)
+    assert {name: found[name] for name in report.COUNTS} == {
         "answered": 2,
         "aborted": 2,
         "aborted_before_first": 1,
@@ -54,8 +57,8 @@ def test_figures_are_those_of_requests_that_were_answered_to_their_end():
     assert found["ttft_p99_ms"] == pytest.approx(500 + 0.99 * 2500)
     assert found["shared_ttft_p50_ms"] == pytest.approx(500)
     assert found["novel_ttft_p50_ms"] == pytest.approx(3000)
-    assert bench.waits(requests, outcomes, False) == [0.5]
-    assert bench.waits(requests, outcomes, True) == [3.0]
+    assert report.waits(requests, outcomes, False) == [0.5]
+    assert report.waits(requests, outcomes, True) == [3.0]
     assert found["tbt_p50_ms"] == pytest.approx(500)
     # From the first request sent, at 0, to the last answer, at 4.25.
     assert found["requests_per_s"] == pytest.approx(2 / 4.25)
@@ -63,8 +66,8 @@ def test_figures_are_those_of_requests_that_were_answered_to_their_end():
 
 
 def test_there_are_no_figures_of_nothing():
-    found = bench.summarise([request(hang_up=HangUp(1, 1.0))], [outcome()])
-    assert set(found) == set(bench.COUNTS)
+    found = report.summarise([request(hang_up=HangUp(1, 1.0))], [outcome()])
+    assert set(found) == set(report.COUNTS)
 
 
 @pytest.mark.parametrize(("rounds", "spread"), [(3, "range"), (5, "95 % interval")])
@@ -74,7 +77,7 @@ def test_ratios_are_paired_by_round(rounds, spread):
     ours = [
         {**t, "ttft_p50_ms": f * t["ttft_p50_ms"]} for f, t in zip(factors, theirs, strict=True)
     ]
-    found = bench.ratios(ours, theirs)
+    found = report.ratios(ours, theirs)
     assert set(found) == {"ttft_p50_ms", "requests_per_s"}
     ttft = found["ttft_p50_ms"]
     assert (ttft["median"], ttft["low"], ttft["high"]) == pytest.approx((0.5, 0.4, 0.6))
@@ -85,7 +88,7 @@ def test_ratios_are_paired_by_round(rounds, spread):
 @given(st.lists(st.integers(0, 2), max_size=12), st.lists(st.integers(0, 2), max_size=12))
 def test_answers_match_as_far_as_their_common_beginning(one, other):
     agreed = [n for n in range(min(len(one), len(other)) + 1) if one[:n] == other[:n]]
-    assert bench.matching(one, other) == max(agreed)
+    assert report.matching(one, other) == max(agreed)
 
 
 def test_only_answers_that_both_gave_are_compared():
@@ -97,7 +100,7 @@ def test_only_answers_that_both_gave_are_compared():
         (request(), outcome(tokens=[1]), outcome(tokens=[2], error="HTTP 500")),
         (request(), outcome(tokens=[1], error="HTTP 500"), outcome(tokens=[2])),
     ]
-    assert bench.agreement(answers) == {
+    assert report.agreement(answers) == {
         "compared": 3,
         "identical": pytest.approx(2 / 3),
         "identical_shared": 0.5,
@@ -105,7 +108,7 @@ def test_only_answers_that_both_gave_are_compared():
         "matching_tokens": pytest.approx(2.0),
         "answer_tokens": pytest.approx(8 / 3),
     }
-    nothing = bench.agreement(answers[3:])
+    nothing = report.agreement(answers[3:])
     assert nothing["compared"] == 0
     assert nothing["identical"] is None
 
@@ -122,13 +125,13 @@ def test_right_answers_are_counted_by_the_documents_they_need():
         (known(5, 2, hang_up=HangUp(1, 1.0)), outcome(tokens=[6])),
         (known(5, 1), outcome(error="HTTP 500")),
     ]
-    found = bench.right_answers(both)
+    found = report.right_answers(both)
     assert found == {
         "right": pytest.approx(2 / 3),
         "right_one_document": 1.0,
         "right_two_documents": 0.5,
     }
-    assert bench.right_answers([(request(), outcome(tokens=[5]))]) == {}
+    assert report.right_answers([(request(), outcome(tokens=[5]))]) == {}
 
 
 METRICS = """
@@ -155,7 +158,7 @@ def test_counters_are_told_by_kind_and_since_the_start_of_what_is_measured():
     from prometheus_client.parser import text_string_to_metric_families
 
     families = text_string_to_metric_families(METRICS)
-    after = bench.counted(sample for family in families for sample in family.samples)
+    after = counted(sample for family in families for sample in family.samples)
     assert after == {
         "vllm:prompt_tokens_total": 15,
         "kvshare_reused_tokens_total{kind=exact}": 3,
@@ -170,7 +173,7 @@ def test_counters_are_told_by_kind_and_since_the_start_of_what_is_measured():
         "kvshare_stored_tokens": 40,
         "kvshare_relative_deviation_count": 2,
     }
-    found = bench.since(before, after)
+    found = since(before, after)
     assert found["vllm:prompt_tokens_total"] == 9
     assert found["kvshare_reused_tokens_total{kind=exact}"] == 3
     assert found["kvshare_reused_tokens_total{kind=approximate}"] == 3
@@ -192,7 +195,7 @@ def test_a_round_is_compared_within_itself_and_stock_with_its_next_round():
         trial("stock", 1, [(5, 3), (6, 2)], wait=4.0),
         trial("stock", 2, [(0, 0), (0, 0)], wait=100.0),
     ]
-    found = bench.conclude(requests, trials)
+    found = report.conclude(requests, trials)
     assert found["ratios"]["kvshare / stock"]["ttft_p50_ms"]["all"] == pytest.approx([0.5, 0.25])
     assert found["agreement"]["kvshare / stock"]["identical"] == 0.75
     assert found["agreement"]["stock / itself, next round"]["identical"] == 0.5
@@ -203,8 +206,8 @@ def test_a_round_is_compared_within_itself_and_stock_with_its_next_round():
 
 
 def test_without_a_whole_round_nothing_is_concluded():
-    assert bench.conclude([request()], [trial("stock", 0, [(1,)])])["ratios"] == {}
-    assert bench.conclude([request()], [trial("kvshare", 0, [(1,)])]) == {}
+    assert report.conclude([request()], [trial("stock", 0, [(1,)])])["ratios"] == {}
+    assert report.conclude([request()], [trial("kvshare", 0, [(1,)])]) == {}
 
 
 @contextmanager
@@ -302,13 +305,13 @@ def test_a_command_line_without_sense_is_refused(arguments, capsys):
 
 
 def test_requests_that_the_server_would_refuse_are_refused_before():
-    bench.check_lengths([request(1, 2, 3)], 19)
+    check_lengths([request(1, 2, 3)], 19)
     with pytest.raises(BenchError, match="has 19 tokens and the server takes 18"):
-        bench.check_lengths([request(1, 2, 3)], 18)
+        check_lengths([request(1, 2, 3)], 18)
 
 
 def test_a_closed_loop_sends_at_once_and_an_open_one_at_the_rate():
     closed, _ = bench.parse(["--concurrency", "3"])
-    assert bench.plan(closed, 5, Random(0)) == ([0.0] * 5, 3)
+    assert plan(closed, 5, Random(0)) == ([0.0] * 5, 3)
     opened, _ = bench.parse(["--rate", "2"])
-    assert bench.plan(opened, 5, Random(0)) == (bench.arrivals(5, 2.0, Random(0)), 5)
+    assert plan(opened, 5, Random(0)) == (arrivals(5, 2.0, Random(0)), 5)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -153,9 +155,16 @@ async def test_the_status_page_loads_nothing_and_writes_text_alone() -> None:
             page = await answer.text()
             policy = answer.headers["Content-Security-Policy"]
         assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        for element, rule in (("script", "script-src"), ("style", "style-src")):
+            [text] = re.findall(f"<{element}>(.*?)</{element}>", page, re.DOTALL)
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            assert f"{rule} 'sha256-{digest}';" in policy
+        page = page.replace('<link rel="icon" href="data:,">', "")
         assert not re.search(r"(src|href)\s*=|https?://|@import|url\(", page)
         assert not re.search(r"innerHTML|outerHTML|document\.write|insertAdjacent|eval\(", page)
         assert page.count("textContent") >= 4
+        assert "X-Router-Admin-Key" in page
 
 
 @in_loop
@@ -171,10 +180,41 @@ async def test_the_status_shows_what_instances_say() -> None:
             shown = await answer.json()
         assert shown["model"] == evil
         assert shown["queues"] == {"prefill": 0, "decode": 0}
+        assert shown["longest_wait_s"] == {"prefill": None, "decode": None}
+        assert shown["held"] == {"prompts": 0, "tokens": 0, "lease_left_s": None}
         first = shown["instances"][0]
         assert (first["running"], first["waiting"], first["held_blocks"]) == (5, 4, 7)
         assert (first["kv_usage"], first["kv_blocks"]) == (0.375, 200)
         assert first["backlog"] == 0
+        assert 0 <= first["metrics_age_s"] < 10
+        router.services.fleet.fail("prefill-1")
+        async with router.session.get(router.url + "/status.json") as answer:
+            dead = (await answer.json())["instances"][0]
+        assert (dead["state"], dead["running"], dead["metrics_age_s"]) == ("down", None, None)
+
+
+@in_loop
+async def test_the_status_shows_who_waits_and_what_is_held_until_decode_has_it() -> None:
+    async with rig(max_prefill_tokens=1, lease_s=25.0) as router:
+        router.prefill[0].gate, router.decode[0].gate = asyncio.Semaphore(1), asyncio.Semaphore(0)
+        asking = [asyncio.create_task(router.text(BODY)) for _ in range(3)]
+        # One is held for decode, one is being computed, one waits.
+        await router.decode[0].arrived.acquire()
+        for _ in range(2):
+            await router.prefill[0].arrived.acquire()
+        await asyncio.sleep(0.1)
+        async with router.session.get(router.url + "/status.json") as answer:
+            shown = await answer.json()
+        assert shown["queues"] == {"prefill": 1, "decode": 0}
+        assert shown["longest_wait_s"]["prefill"] >= 0.1
+        tokens = len(prompt_of("/v1/completions", BODY))
+        assert (shown["held"]["prompts"], shown["held"]["tokens"]) == (1, tokens)
+        assert 20 < shown["held"]["lease_left_s"] <= 25
+        for gate in (router.prefill[0].gate, router.decode[0].gate):
+            for _ in range(3):
+                gate.release()
+        assert await asyncio.gather(*asking) == [EXPECTED] * 3
+        await router.idle()
 
 
 @in_loop

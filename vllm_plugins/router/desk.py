@@ -36,6 +36,7 @@ class _Waiter:
     """Somebody in the queue; ``take`` opens the tickets, or returns None while all are full."""
 
     take: Callable[[], list[Ticket] | None]
+    since_s: float
     served: asyncio.Future[list[Ticket]] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -97,6 +98,11 @@ class Desk:
     def waiting(self, role: Role) -> int:
         """Return how many requests wait for a role."""
         return len(self._rooms[role])
+
+    def longest_wait(self, role: Role) -> float | None:
+        """Return for how many seconds the first in the queue has waited; None if nobody waits."""
+        first = self._rooms[role].head()
+        return None if first is None else _now() - first.since_s
 
     async def place(self, role: Role, work: Work, tried: Collection[str] = ()) -> Ticket:
         """Return an open ticket at an instance, as soon as one has room.
@@ -198,9 +204,9 @@ class Desk:
             return tickets
         if not self.fleet.serving(role):
             raise RefusedError(503, f"no {role} instance is up", "no_instance", retry_after_s=1.0)
-        waiter = _Waiter(take)
+        waiter = _Waiter(take, _now())
         try:
-            room.enter(waiter, _now())
+            room.enter(waiter, waiter.since_s)
         except QueueFull as full:
             raise RefusedError(503, str(full), "queue_full", full.retry_after_s) from None
         self._metrics.queue(role, len(room))

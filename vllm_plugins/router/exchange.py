@@ -225,6 +225,8 @@ class Exchange:
         if not isinstance(counted, int) or counted < 0:
             counted = prompt_tokens(self._call.body)
         self._held = Held(transfer, counted, self._now() + self._services.settings.lease_s)
+        if transfer is not None:
+            self._services.held.add(self._held)
         if self._early:
             await self._send_first(answer)
 
@@ -262,6 +264,9 @@ class Exchange:
             if streamed is not None:
                 chosen["stream"] = True
             body["kv_transfer_params"][PD_REFERENCE] = chosen
+        if self._early:
+            # Its token goes to the client, so it must be that of the whole prompt.
+            body["kv_transfer_params"].setdefault(PD_REFERENCE, {})["continued"] = True
         try:
             answer = await self._services.upstream.post_json(
                 ticket.instance, call.path, body, self._headers
@@ -348,14 +353,20 @@ class Exchange:
 
     def _taken(self, ticket: Ticket) -> None:
         """Note that the decode instance has what the prefill instance held."""
-        self._held = None
+        self._no_longer_held()
         if ticket.role is Role.PREFILL:
             ticket.progress(ticket.work.prompt_tokens)
 
     def _release(self) -> None:
-        if self._held is not None:
-            self._services.releaser.start(self._held.transfer)
-            self._held = None
+        held = self._no_longer_held()
+        if held is not None:
+            self._services.releaser.start(held.transfer)
+
+    def _no_longer_held(self) -> Held | None:
+        held, self._held = self._held, None
+        if held is not None:
+            self._services.held.discard(held)
+        return held
 
     def _note(self, failure: InstanceError) -> None:
         logger.warning("request %s: %s", self._call.request_id, failure)

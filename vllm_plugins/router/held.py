@@ -28,9 +28,9 @@ Release = Callable[[Mapping[str, Any], bytes | None], None]
 """Sends the message to every peer of a reference; blocks, and raises what went wrong."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Held:
-    """A prompt that a prefill instance has computed.
+    """A prompt that a prefill instance has computed; equal to itself alone.
 
     Attributes:
         transfer: ``kv_transfer_params`` of its answer; None where it holds nothing.

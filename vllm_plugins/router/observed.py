@@ -26,6 +26,7 @@ class Observed:
         kv_blocks: Blocks of the KV cache; 0 where not said.
         block_size: Tokens of a block; 0 where not said.
         held_blocks: KV blocks that wait to be pulled; None for connectors that do not say.
+        read_s: When they were read, in seconds of the event loop's clock.
     """
 
     running: int
@@ -34,6 +35,7 @@ class Observed:
     kv_blocks: int
     block_size: int
     held_blocks: int | None = None
+    read_s: float = 0.0
 
 
 def parse_metrics(text: bytes) -> Observed:

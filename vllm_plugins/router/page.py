@@ -1,80 +1,81 @@
-"""The text of the status page. It loads nothing, and writes values as text alone."""
+"""The status page: it loads nothing, and writes values as text alone.
+
+Its script asks for ``status.json`` once a second and changes what has changed, in place, so that
+nothing moves under the reader's eyes and a screen reader is told of changes of state alone.
+"""
 
 from __future__ import annotations
 
-PAGE = """\
+import base64
+import hashlib
+
+from vllm_plugins.router.admin import KEY_HEADER
+from vllm_plugins.router.page_script import SCRIPT
+from vllm_plugins.router.page_style import STYLE
+
+# Without an icon of its own a browser asks for /favicon.ico.
+ICON = '<link rel="icon" href="data:,">'
+_SCRIPT = SCRIPT.replace("KEY_HEADER", KEY_HEADER)
+
+PAGE = f"""\
 <!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<title>vllm-plugins route</title>
-<style>
-body { font: 14px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; }
-table { border-collapse: collapse; width: 100%; margin: 1em 0; }
-th, td { padding: .3em .7em; text-align: right; border-bottom: 1px solid #ccc; }
-th:nth-child(-n+4), td:nth-child(-n+4) { text-align: left; }
-.up { color: #060; } .down { color: #b00; font-weight: bold; } .draining { color: #850; }
-#trouble { color: #b00; }
-</style>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Router</title>
+{ICON}
+<style>{STYLE}</style>
 </head>
 <body>
-<h1>Router <small id="model"></small></h1>
-<p id="trouble"></p>
-<p id="key" hidden>Operator's key: <input type="password" id="entered" autocomplete="off"></p>
-<p>Waiting: <span id="queues">-</span>. <span id="change"></span></p>
-<table>
-<thead><tr><th>Instance</th><th>Address</th><th>Role</th><th>State</th><th>Requests</th>
-<th title="prompt tokens (prefill), KV blocks (decode), encoder tokens (encode)">Backlog</th>
-<th>Running</th><th>Waiting</th><th>KV used</th><th>KV blocks held</th></tr></thead>
-<tbody id="instances"></tbody>
+<header>
+<h1>Router <bdi id="model"></bdi></h1>
+<p id="live" class="waiting"><span id="said" role="status">Waiting for values</span>
+<span id="seen"></span></p>
+</header>
+<noscript><p>The values need JavaScript here; they are those of status.json.</p></noscript>
+<form id="lock" hidden>
+<label for="entered">Operator's key</label>
+<input id="entered" type="password" autocomplete="off" required>
+<button>Show values</button>
+<p id="refused" role="alert"></p>
+</form>
+<main id="values" hidden>
+<h2>Queues and held KV</h2>
+<ul id="queues"></ul>
+<h2>Instances</h2>
+<p id="change"></p>
+<table role="table">
+<thead role="rowgroup"><tr role="row" id="heads"></tr></thead>
+<tbody role="rowgroup" id="instances"></tbody>
 </table>
-<p><small>Requests and backlog are this router's own and what it sees of others'; running, waiting
-and KV are what the instance says of itself.</small></p>
-<script>
-"use strict";
-const part = name => document.getElementById(name);
-const shown = value => value === null || value === undefined ? "-" : String(value);
-function cell(row, value, name) {
-  const made = row.insertCell();
-  made.textContent = shown(value);
-  if (name) made.className = name;
-}
-function show(all) {
-  part("model").textContent = shown(all.model);
-  part("queues").textContent =
-    Object.entries(all.queues).map(([role, count]) => role + " " + count).join(", ");
-  part("change").textContent = all.change_of_role ? "Changing role: " + all.change_of_role : "";
-  const body = document.createElement("tbody");
-  body.id = "instances";
-  for (const one of all.instances) {
-    const row = body.insertRow();
-    cell(row, one.id);
-    cell(row, one.url);
-    cell(row, one.role);
-    cell(row, one.state, ["up", "down", "draining"].includes(one.state) ? one.state : "");
-    cell(row, one.requests);
-    cell(row, one.kv_blocks && one.role === "decode"
-      ? one.backlog + " / " + one.kv_blocks : one.backlog);
-    cell(row, one.running);
-    cell(row, one.waiting);
-    cell(row, one.kv_usage === null ? null : (100 * one.kv_usage).toFixed(1) + " %");
-    cell(row, one.held_blocks);
-  }
-  part("instances").replaceWith(body);
-}
-async function look() {
-  try {
-    const answer = await fetch("status.json", {headers: {"KEY_HEADER": part("entered").value}});
-    part("key").hidden = answer.status !== 403 && !part("entered").value;
-    part("trouble").textContent = answer.ok ? "" : "The router answers " + answer.status + ".";
-    if (answer.ok) show(await answer.json());
-  } catch (error) {
-    part("trouble").textContent = "The router does not answer.";
-  }
-  setTimeout(look, 1000);
-}
-look();
-</script>
+<p class="note">Requests and backlog are this router's own and what it sees of others'. Running,
+waiting and KV are what an instance says of itself; one that is down says nothing.</p>
+<h2>Changes since this page was opened</h2>
+<ol id="news" role="log" aria-label="Changes"><li id="quiet">None yet</li></ol>
+</main>
+<script>{_SCRIPT}</script>
 </body>
 </html>
 """
+
+
+def _only(kind: str, text: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return f"{kind} 'sha256-{digest}'"
+
+
+# Nothing from elsewhere is loaded, and nothing that an instance says can become part of the page:
+# this script and this style alone are carried out.
+POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        _only("script-src", _SCRIPT),
+        _only("style-src", STYLE),
+        "img-src data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+)

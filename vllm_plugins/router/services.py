@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_plugins.router.desk import Desk
-from vllm_plugins.router.held import Release, Releaser, pd_release
+from vllm_plugins.router.held import Held, Release, Releaser, pd_release
 from vllm_plugins.router.metrics import RouterMetrics
 from vllm_plugins.router.observed import Observed
 from vllm_plugins.router.settings import RouterSettings, read_admin_key
@@ -38,6 +38,7 @@ class Services:
         admin_key: Guards the routes that change the instances; None where only loopback does.
         observed: What instances said of themselves last, by id.
         doors: Where encode instances hand embeddings out, by id, as their answers said.
+        held: Prompts whose KV a prefill instance keeps for a request, until decode has it.
         switch: The change of role in progress.
         model: Name and maximal length of the model that all instances serve; empty until known.
     """
@@ -52,6 +53,7 @@ class Services:
     admin_key: bytes | None
     observed: dict[str, Observed] = field(default_factory=dict)
     doors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    held: set[Held] = field(default_factory=set)
     switch: RoleSwitch | None = None
     model: tuple[str, int] | None = None
     _names: dict[Role, int] = field(default_factory=lambda: dict.fromkeys(Role, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_plugins.errors import PluginError
@@ -131,7 +132,7 @@ class Watch:
         self._being_scraped.add(instance.id)
         try:
             text = await services.upstream.get(instance, "/metrics", PROBE_TIMEOUT_S)
-            seen = parse_metrics(text)
+            seen = replace(parse_metrics(text), read_s=_now())
         except (InstanceError, ValueError) as error:
             # Only the estimate of foreign load gets old; whether it is well is the probes' matter.
             logger.debug("metrics of %s: %s", instance.id, error)
