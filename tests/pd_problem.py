@@ -232,9 +232,10 @@ class Prompt:
         cls, name: str, lengths: Sequence[int] = (7, 5), skip: int = 1, offset: int = 0
     ) -> Prompt:
         """Return a prompt of so many blocks by group, of which the first few are not wanted."""
-        # Scattered on both sides, and elsewhere on each.
-        source = tuple([(3 * i + offset + 1) % BLOCKS for i in range(n)] for n in lengths)
-        targets = tuple([(5 * i + offset + 2) % BLOCKS for i in range(skip, n)] for n in lengths)
+        # Scattered on both sides, and elsewhere on each; block 0 is nobody's.
+        own = BLOCKS - 2
+        source = tuple([1 + (3 * i + offset) % own for i in range(n)] for n in lengths)
+        targets = tuple([1 + (5 * i + offset + 1) % own for i in range(skip, n)] for n in lengths)
         return cls(name, source, targets, tuple(Span(skip, n) for n in lengths))
 
     def load(self, peers: Sequence[Peer], *, streams: bool = False) -> Load:

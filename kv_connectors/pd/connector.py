@@ -18,6 +18,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from vllm_plugins.errors import PluginError
 from vllm_plugins.kv_connectors.pd import metrics
 from vllm_plugins.kv_connectors.pd.decode_scheduler import DecodeScheduler, LeaseKeeper
+from vllm_plugins.kv_connectors.pd.groups import Groups
 from vllm_plugins.kv_connectors.pd.orders import Introduction, Orders, Report
 from vllm_plugins.kv_connectors.pd.peers import PeerConnections
 from vllm_plugins.kv_connectors.pd.prefill_scheduler import PrefillScheduler
@@ -78,27 +79,32 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
 
     # Scheduler side.
 
+    @property
+    def supports_divergent_local_hybrid_hits(self) -> bool:
+        """Yes: a pull brings the state, wherever the attention's own KV ends."""
+        return True
+
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         """Make the two sides, which need the block pool."""
         super().bind_kv_cache_manager(kv_cache_manager)
         options, pool = self._options, kv_cache_manager.block_pool
-        groups = self._kv_cache_config.kv_cache_groups
-        sizes = [group.kv_cache_spec.block_size for group in groups]
+        groups = Groups.of(self._kv_cache_config)
         connections = PeerConnections(
             load_secret(options.secret_file), options.connect_timeout_s, options.read_timeout_s
         )
         self._prefill = PrefillScheduler(
-            sizes,
+            groups,
             pool.num_gpu_blocks,
             options.max_held_fraction,
             stream_layers=options.stream_layers,
         )
         self._decode = DecodeScheduler(
-            sizes,
+            groups,
             pool,
             options.waiting_block_prop_threshold,
             options.min_pull_tokens,
             LeaseKeeper(connections, options.heartbeat),
+            lambda request: kv_cache_manager.get_computed_blocks(request)[1],
         )
         self._readers = []
 

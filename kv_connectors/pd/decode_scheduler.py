@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -12,17 +11,17 @@ from vllm.logger import init_logger
 from vllm_plugins.kv_connectors.pd.admission import Admission, Stage
 from vllm_plugins.kv_connectors.pd.orders import Load
 from vllm_plugins.kv_connectors.pd.prefill_scheduler import extra_of
-from vllm_plugins.kv_connectors.pd.protocol import Span
 from vllm_plugins.kv_connectors.pd.reference import BadReferenceError, Reference, prompt_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
+    from vllm_plugins.kv_connectors.pd.groups import Groups
     from vllm_plugins.kv_connectors.pd.orders import Orders
     from vllm_plugins.kv_connectors.pd.peers import PeerConnections
 
@@ -33,22 +32,24 @@ class DecodeScheduler:
     """Takes prompts over.
 
     Args:
-        block_sizes: Tokens of a block, by KV cache group.
+        groups: The KV cache groups.
         pool: The block pool.
         threshold: ``waiting_block_prop_threshold`` (see `admission`).
         min_pull_tokens: Fewer tokens than these are computed here rather than pulled.
         keeper: Keeps the leases of prompts until they are here.
+        usable: Returns the tokens of a request behind which it could go on without a pull.
     """
 
     def __init__(
         self,
-        block_sizes: Sequence[int],
+        groups: Groups,
         pool: BlockPool,
         threshold: float,
         min_pull_tokens: int,
         keeper: LeaseKeeper,
+        usable: Callable[[Request], int],
     ) -> None:
-        self._block_sizes, self._pool = tuple(block_sizes), pool
+        self._groups, self._pool, self._usable = groups, pool, usable
         self._min_pull_tokens, self._keeper = min_pull_tokens, keeper
         self.admission = Admission(threshold, pool.num_gpu_blocks)
         self._references: dict[str, Reference] = {}
@@ -63,10 +64,17 @@ class DecodeScheduler:
         Raises:
             BadReferenceError: The reference is to another prompt; the request is computed here.
         """
+        if request.abort_immediately:
+            # The front end refused the request, or lost its client; its prompt is a stand-in.
+            self._keeper.watch(request.request_id, reference)
+            self._keeper.release(request.request_id)
+            return
         tokens = request.prompt_token_ids
         if tokens is None:
             raise BadReferenceError("a prompt of embeddings has no tokens to check")
         covered = reference.check(tokens, extra_of(request))
+        if reference.streams and self._groups.stop_early:
+            covered -= 1
         self._references[request.request_id] = reference
         self._covered[request.request_id] = covered
         self.admission.arrive(request.request_id)
@@ -77,17 +85,21 @@ class DecodeScheduler:
 
         Args:
             request: A waiting request.
-            num_local: Tokens that this instance has itself, whole blocks.
+            num_local: Tokens of which this instance has the attention's KV itself, whole blocks.
         """
         name = request.request_id
         if self.admission.stage(name) is not Stage.QUEUED:
             return 0
         if self._keeper.lost(name):
             return self._compute_here(name, "gone")
-        remaining = self._covered[name] - num_local
-        if remaining < max(1, self._min_pull_tokens):
+        covered = self._covered[name]
+        if self._groups.stop_early and covered >= request.num_tokens:
+            # What forgets stands behind the token that is computed here, and cannot go back.
+            return self._compute_here(name, "position")
+        remaining = covered - num_local
+        if remaining < 1 or self._missing(request, num_local) < self._min_pull_tokens:
             return self._compute_here(name, "local")
-        blocks = sum(len(span) for span in self._spans(name, num_local))
+        blocks = sum(len(group.wanted(num_local, covered)) for group in self._groups.all)
         if self.admission.may_accept(name, blocks, self._pool.get_num_free_blocks()):
             return remaining
         return None
@@ -97,14 +109,15 @@ class DecodeScheduler:
         name = request.request_id
         if not num_external or self.admission.stage(name) is not Stage.QUEUED:
             return
-        spans = self._spans(name, self._covered[name] - num_external)
-        ids = blocks.get_block_ids()
-        targets = tuple(
-            group[span.first : span.last] for group, span in zip(ids, spans, strict=True)
-        )
+        covered, ids = self._covered[name], blocks.get_block_ids()
+        parts = [
+            group.targets(table, covered - num_external, covered)
+            for group, table in zip(self._groups.all, ids, strict=True)
+        ]
+        spans, targets = tuple(span for span, _ in parts), tuple(own for _, own in parts)
         reference, tokens = self._references[name], request.prompt_token_ids
         assert tokens is not None
-        digest = reference.digest or prompt_digest(tokens, extra_of(request))
+        digest = reference.digest or prompt_digest(tokens[:covered], extra_of(request))
         self._loads.append(Load(name, reference, digest, spans, targets))
         self.admission.accept(name, sum(map(len, spans)))
         self._pulled_tokens += num_external
@@ -156,11 +169,11 @@ class DecodeScheduler:
         self._references.pop(name, None)
         self._covered.pop(name, None)
 
-    def _spans(self, name: str, num_local: int) -> tuple[Span, ...]:
-        covered = self._covered[name]
-        return tuple(
-            Span(num_local // size, math.ceil(covered / size)) for size in self._block_sizes
-        )
+    def _missing(self, request: Request, num_local: int) -> int:
+        """Return the tokens that would be computed here without a pull."""
+        # Attention's KV is of no use where no state stands at its end.
+        own = self._usable(request) if self._groups.have_states else num_local
+        return self._covered[request.request_id] - own
 
 
 class LeaseKeeper:

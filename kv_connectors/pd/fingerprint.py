@@ -16,7 +16,7 @@ DIGEST_BYTES = 16
 SAMPLE_BYTES = 1 << 16
 
 
-def fingerprint(config: VllmConfig, cache: torch.Tensor) -> str:
+def fingerprint(config: VllmConfig, cache: torch.Tensor | None) -> str:
     """Return the digest of an instance, in hexadecimal.
 
     Paths, parallelism and sizes of pools may differ; weights, numeric types and the layout within
@@ -24,7 +24,7 @@ def fingerprint(config: VllmConfig, cache: torch.Tensor) -> str:
 
     Args:
         config: The engine's configuration.
-        cache: The KV cache of one layer.
+        cache: The KV cache of one attention layer; None where there is none.
     """
     model = config.model_config
     architecture = model.hf_config.to_dict()
@@ -38,13 +38,23 @@ def fingerprint(config: VllmConfig, cache: torch.Tensor) -> str:
         "load_format": str(config.load_config.load_format),
         "dtype": str(model.dtype),
         "quantization": model.quantization,
-        "kv_dtype": str(cache.dtype),
-        "kv_form": [cache.dim(), cache.shape[-1]],
-        # The CPU's kernels keep keys transposed, those of other devices do not.
-        "device": cache.device.type,
     }
+    if cache is not None:
+        facts["kv_dtype"] = str(cache.dtype)
+        facts["kv_form"] = [cache.dim(), cache.shape[-1]]
+        # The CPU's kernels keep keys transposed, those of other devices do not.
+        facts["device"] = cache.device.type
+    if model.is_hybrid:
+        facts["state_layout"] = _state_layout()
     text = json.dumps(facts, sort_keys=True, default=str).encode()
     return blake2b(text, digest_size=DIGEST_BYTES, person=b"pd-instance").hexdigest()
+
+
+def _state_layout() -> bool:
+    """Return whether convolution states lie channels first, which their shape need not show."""
+    from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+
+    return is_conv_state_dim_first()
 
 
 def _samples(folder: Path) -> list[tuple[str, int, str]]:

@@ -24,7 +24,7 @@ PULLED = MetricSpec("pd_pulled_tokens_total", "counter", "Prompt tokens whose KV
 RECEIVED = MetricSpec(
     "pd_received_bytes_total",
     "counter",
-    "Bytes of KV pulled, by way: tcp, unix or shared_memory.",
+    "Bytes of KV pulled, by way: tcp, unix, shared_memory or cuda_ipc.",
     (),
     "way",
 )
@@ -36,7 +36,8 @@ RECOMPUTED = MetricSpec(
     "pd_recomputed_total",
     "counter",
     "Prompts that were computed here after all, by reason: local (too little was missing), gone, "
-    "closed, timeout, damaged, refused, incompatible, cancelled, malformed or error.",
+    "closed, timeout, damaged, refused, incompatible, position (its state stands elsewhere), "
+    "cancelled, malformed or error.",
     (),
     "reason",
 )
@@ -44,10 +45,10 @@ RECOMPUTED = MetricSpec(
 ALL = (HANDED_OVER, HELD, EXPIRED, SENT, QUEUED, ACCEPTED, PULLED, RECEIVED, PULL_SECONDS,
        RECOMPUTED)  # fmt: skip
 
-WAYS = ("tcp", "unix", "shared_memory")
+WAYS = ("tcp", "unix", "shared_memory", "cuda_ipc")
 REASONS = (
-    "local", "gone", "closed", "timeout", "damaged", "refused", "incompatible", "cancelled",
-    "malformed", "error",
+    "local", "gone", "closed", "timeout", "damaged", "refused", "incompatible", "position",
+    "cancelled", "malformed", "error",
 )  # fmt: skip
 # Label values that exist from the start.
 LABELS = {SENT.name: ("early", "late"), RECEIVED.name: WAYS, RECOMPUTED.name: REASONS}

@@ -34,7 +34,7 @@ class Hold:
         transfer_id: Name under which they are pulled.
         request_id: Name under which vLLM keeps them.
         digest: Of the prompt.
-        blocks: Block ids by KV cache group.
+        blocks: Block ids by KV cache group; of recurrent layers the state's alone.
     """
 
     transfer_id: str
@@ -70,7 +70,8 @@ class Chunk:
         transfer_id: The transfer.
         digest: Of the whole prompt.
         blocks: Its block ids so far, by KV cache group.
-        ready: Positions that are complete once this step has computed a layer, by group.
+        ready: Positions that are complete once this step has computed a layer, by group; of
+            recurrent layers none, whose state leaves when the prompt is held.
     """
 
     transfer_id: str

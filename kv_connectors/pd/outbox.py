@@ -314,19 +314,48 @@ class Reading:
             GoneError: The prefill was given up, or the positions are not the prompt's.
         """
         with self._changed:
-            blocks = self._entry.blocks[self._groups[layer]]
-            # An entry that has ended under its lease is still whole until its last reader leaves.
-            if self._entry.ended and self._entry.request_id is None:
-                raise GoneError("the prefill was given up")
-            if span.last > len(blocks):
-                raise GoneError("the prompt has fewer blocks")
+            blocks = self._blocks(layer, span)
             self._entry.copying += 1
         try:
-            yield blocks[span.first : span.last]
+            yield blocks
         finally:
             with self._changed:
                 self._entry.copying -= 1
                 self._changed.notify_all()
+
+    def blocks(self, layer: str, span: Span) -> Sequence[int]:
+        """Return the blocks of some positions, for a reader that copies them itself.
+
+        Under a lease they stay until the reader has left. While the prompt is computed they are
+        vLLM's: `cancel`, on the engine's thread, waits for copies of this process but cannot wait
+        for a reader that may have died, so they may be overwritten under the reader's copy. It
+        therefore asks `check_kept` once it has copied all, and drops everything if that raises.
+
+        Raises:
+            GoneError: As in `copying`.
+        """
+        with self._changed:
+            return self._blocks(layer, span)
+
+    def check_kept(self) -> None:
+        """Make sure that what `blocks` returned was the prompt's until now.
+
+        Raises:
+            GoneError: The prefill was given up meanwhile.
+        """
+        with self._changed:
+            # An entry that has ended under its lease is still whole until its last reader leaves.
+            if self._entry.ended and self._entry.request_id is None:
+                raise GoneError("the prefill was given up")
+
+    def _blocks(self, layer: str, span: Span) -> Sequence[int]:
+        self.check_kept()
+        blocks = self._entry.blocks[self._groups[layer]]
+        if span.last > len(blocks):
+            raise GoneError("the prompt has fewer blocks")
+        if 0 in blocks[span.first : span.last]:
+            raise GoneError("the prompt does not keep these blocks")
+        return blocks[span.first : span.last]
 
     def finish(self, reader: int, readers: int) -> None:
         """Note that a reader has all that it wants; with all readers' the lease ends."""

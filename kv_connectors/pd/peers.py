@@ -48,12 +48,7 @@ class PeerConnections:
         Raises:
             WireError: The peer cannot be reached, or refuses.
         """
-        connection = self._take_idle(peer) or connect(
-            peer.address,
-            self._secret,
-            connect_timeout_s=self._connect_timeout_s,
-            timeout_s=self._timeout_s,
-        )
+        connection = self._take_idle(peer) or self.connect(peer)
         try:
             yield connection
         except BaseException:
@@ -64,6 +59,19 @@ class PeerConnections:
                 connection.close()
             else:
                 self._idle.setdefault(peer, []).append((time.monotonic(), connection))
+
+    def connect(self, peer: Peer) -> Connection:
+        """Return a connection of the caller's own.
+
+        Raises:
+            WireError: The peer cannot be reached, or refuses.
+        """
+        return connect(
+            peer.address,
+            self._secret,
+            connect_timeout_s=self._connect_timeout_s,
+            timeout_s=self._timeout_s,
+        )
 
     def renew(self, references: Iterable[Reference]) -> set[str]:
         """Prolong leases; return the transfers that some worker has no lease of any more.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -12,6 +11,7 @@ from pydantic import Field, model_validator
 from vllm_plugins.errors import PluginError
 from vllm_plugins.plugin import Options, Paper, Requirements, SchedulerPlugin
 from vllm_plugins.wire.address import is_loopback
+from vllm_plugins.wire.options import ListenerOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -31,17 +31,30 @@ CONNECTOR = ("PdConnector", "connector")
 WILDCARDS = frozenset({"0.0.0.0", "::", ""})
 
 
-class PdOptions(Options):
+class PdOptions(ListenerOptions):
     """Options of prefill/decode disaggregation."""
+
+    meanings: ClassVar[dict[str, str]] = {
+        "bind_host": "prefill: address on which KV is served.",
+        "port": "prefill: port of the first worker, the others take the following; 0 lets the "
+        "system choose.",
+        "advertise_host": "prefill: address under which others reach bind_host, by default "
+        "bind_host.",
+        "allow_remote": "Whether KV may leave this host: prefill serves on other than loopback "
+        "addresses, decode pulls from them.",
+        "secret_file": "File with the secret of at least 32 bytes that all instances share; by "
+        "default one of this user on this host.",
+    }
 
     role: Literal["prefill", "decode", "both"] = Field(
         description="What this instance does: prefill computes prompts and keeps their KV for "
         "others to pull, decode pulls it and generates, both does either as each request says."
     )
-    transport: Literal["auto", "shm", "tcp", "nixl"] = Field(
+    transport: Literal["auto", "shm", "tcp", "cuda_ipc", "nixl"] = Field(
         "auto",
-        description="How KV moves: auto goes through shared memory on one host and TCP between "
-        "hosts; shm and tcp allow only the one; nixl is vLLM's NixlConnector, by RDMA, of which "
+        description="How KV moves: auto copies between the devices of one host where CUDA IPC "
+        "can, and otherwise goes through shared memory there, and TCP between hosts; shm, tcp and "
+        "cuda_ipc allow only the one; nixl is vLLM's NixlConnector, by RDMA, of which "
         "only waiting_block_prop_threshold, saturating_tokens and on_failure are options here.",
     )
     waiting_block_prop_threshold: float = Field(
@@ -94,28 +107,7 @@ class PdOptions(Options):
     read_timeout_s: float = Field(
         20.0, gt=0, description="Time in which the other side must take or send a message, in s."
     )
-    bind_host: str = Field("127.0.0.1", description="prefill: address on which KV is served.")
-    port: int = Field(
-        0,
-        ge=0,
-        le=65535,
-        description="prefill: port of the first worker, the others take the following; 0 lets the "
-        "system choose.",
-    )
-    advertise_host: str | None = Field(
-        None,
-        description="prefill: address under which others reach bind_host, by default bind_host.",
-    )
-    allow_remote: bool = Field(
-        False,
-        description="Whether KV may leave this host: prefill serves on other than loopback "
-        "addresses, decode pulls from them.",
-    )
-    secret_file: Path | None = Field(
-        None,
-        description="File with the secret of at least 32 bytes that all instances share; by "
-        "default one of this user on this host.",
-    )
+    advertise_host: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> PdOptions:
@@ -124,19 +116,17 @@ class PdOptions(Options):
                 f"heartbeat_s={self.heartbeat_s:g} must be below half of "
                 f"lease_s={self.lease_s:g}, or one late renewal loses the lease"
             )
-        if not self.allow_remote:
-            for name in ("bind_host", "advertise_host"):
-                host = getattr(self, name)
-                if host is not None and not is_loopback(host):
-                    raise ValueError(f"{name}={host} is not this host alone; set allow_remote=true")
-        elif self.secret_file is None:
+        self.check_reach("bind_host", "advertise_host")
+        if self.allow_remote and self.secret_file is None:
             raise ValueError("allow_remote=true needs secret_file, which all instances share")
         if self.bind_host in WILDCARDS and self.advertise_host is None:
             raise ValueError(
                 f"bind_host={self.bind_host} is no address to connect to; set advertise_host"
             )
-        if self.allow_remote and self.transport == "shm":
-            raise ValueError("transport=shm does not reach other hosts, and allow_remote=true")
+        if self.allow_remote and self.transport in ("shm", "cuda_ipc"):
+            raise ValueError(
+                f"transport={self.transport} does not reach other hosts, and allow_remote=true"
+            )
         if self.transport == "nixl":
             for name in type(self).model_fields.keys() - NIXL_OPTIONS:
                 # Options travel with all their values: a default spelt out is no contradiction.
@@ -191,6 +181,12 @@ class PdPlugin(SchedulerPlugin):
     }
     Options: ClassVar[type[Options]] = PdOptions
 
+    def enter_process(self, options: PdOptions) -> None:
+        """Let models whose heads are rotated apart, LFM2's, be computed rightly on CPU."""
+        from vllm_plugins.engine.rotary_heads import repair_rotary_embedding
+
+        repair_rotary_embedding()
+
     def configure(self, options: PdOptions, arguments: EngineArguments) -> None:
         """Choose the connector and, where it forms batches, the scheduler host."""
         if options.saturating_tokens is not None:
@@ -226,7 +222,14 @@ class PdPlugin(SchedulerPlugin):
                 f"exceeds --max-num-batched-tokens, {most}, so that prompts would not run whole",
                 "lower it or raise --max-num-batched-tokens",
             )
-        for flag, reason, mend in _unsupported(config):
+        device = config.device_config.device_type
+        if options.transport == "cuda_ipc" and device != "cuda":
+            raise PluginError(
+                "--plugin pd: transport=cuda_ipc",
+                f"maps KV caches of CUDA devices, and this is {device}",
+                "use transport=auto",
+            )
+        for flag, reason, mend in (*_unsupported(config), *_unsupported_states(options, config)):
             raise PluginError(f"--plugin pd with {flag}", reason, mend)
 
     def policy(self, options: PdOptions, config: VllmConfig) -> SchedulerPolicy:
@@ -240,22 +243,46 @@ class PdPlugin(SchedulerPlugin):
 
 
 def _unsupported(config: VllmConfig) -> list[tuple[str, str, str]]:
-    model, parallel = config.model_config, config.parallel_config
+    parallel = config.parallel_config
     found = []
-    if model.is_hybrid or model.is_attention_free:
-        found.append(
-            (
-                f"--model {model.model}",
-                "recurrent state stands at one position and is not handed over",
-                "use a model of attention layers alone",
-            )
-        )
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         found.append(
             (
                 "context parallelism",
                 "a block's tokens are spread over ranks",
                 "drop --decode-context-parallel-size and --prefill-context-parallel-size",
+            )
+        )
+    return found
+
+
+def _unsupported_states(options: PdOptions, config: VllmConfig) -> list[tuple[str, str, str]]:
+    """Return what stands against handing a model's recurrent states over."""
+    model = config.model_config
+    found = []
+    if model.is_attention_free:
+        found.append(
+            (
+                f"--model {model.model}",
+                "a model without attention has no KV to hand over",
+                "use a model with attention layers",
+            )
+        )
+    if model.is_hybrid and config.speculative_config is not None:
+        found.append(
+            (
+                "--speculative-config",
+                f"recurrent states of {model.model} are handed over without those of drafts",
+                "drop --speculative-config",
+            )
+        )
+    if model.is_hybrid and options.transport == "nixl":
+        found.append(
+            (
+                "transport=nixl",
+                f"NixlConnector does not hand the recurrent states of {model.model} over exactly "
+                "in every mode of the router",
+                "use another transport",
             )
         )
     return found

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import uuid
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
+from vllm_plugins.kv_connectors.pd.groups import NULL_BLOCK, Groups, stop_before_last_token
 from vllm_plugins.kv_connectors.pd.orders import Chunk, Hold
 from vllm_plugins.kv_connectors.pd.reference import (
     KEY,
@@ -31,13 +31,15 @@ logger = init_logger("vllm.vllm_plugins.pd")
 
 # A prompt whose first token was sampled: there is something to decode.
 PREFILLED = frozenset({RequestStatus.FINISHED_LENGTH_CAPPED})
+# What is sampled behind a shortened prompt may end an answer, and means nothing.
+SHORTENED = PREFILLED | {RequestStatus.FINISHED_STOPPED}
 
 
 class PrefillScheduler:
     """Hands prompts over.
 
     Args:
-        block_sizes: Tokens of a block, by KV cache group.
+        groups: The KV cache groups.
         total_blocks: Blocks of the pool.
         max_held_fraction: Share of the pool that started prompts, and those that wait to be
             pulled, may take together.
@@ -46,13 +48,13 @@ class PrefillScheduler:
 
     def __init__(
         self,
-        block_sizes: Sequence[int],
+        groups: Groups,
         total_blocks: int,
         max_held_fraction: float,
         *,
         stream_layers: bool,
     ) -> None:
-        self._block_sizes, self._stream_layers = tuple(block_sizes), stream_layers
+        self._groups, self._stream_layers = groups, stream_layers
         self._most_held = max_held_fraction * total_blocks
         self._peers: tuple[Peer, ...] = ()
         self._transfers: dict[str, str] = {}
@@ -60,6 +62,7 @@ class PrefillScheduler:
         self._started: dict[str, int] = {}
         self._held: dict[str, tuple[str, int]] = {}
         self._names: set[str] = set()
+        self._shortened: set[str] = set()
         self._started_blocks = self._held_blocks = 0
         self._holds: list[Hold] = []
         self._cancelled: list[str] = []
@@ -76,6 +79,9 @@ class PrefillScheduler:
     def arrive(self, request: Request) -> None:
         """Note a request that is to be handed over.
 
+        Where layers forget, its prompt is shortened by the token that the decode instance computes,
+        unless whoever asks continues behind the token that is sampled here, and says so.
+
         Raises:
             BadReferenceError: Its parameters are malformed, or name a transfer of another request;
                 it is then answered without a reference.
@@ -86,11 +92,16 @@ class PrefillScheduler:
         body = params.get(KEY) or {}
         if not isinstance(body, dict):
             raise BadReferenceError(f"'{KEY}' is no JSON object")
+        if request.prompt_token_ids is None:
+            raise BadReferenceError("a prompt of embeddings has no tokens to name it by")
         name = transfer_id(body) if "transfer_id" in body else uuid.uuid4().hex
         if name in self._names:
             raise BadReferenceError(f"transfer_id {name} is another request's")
         self._names.add(name)
         self._transfers[request.request_id] = name
+        continued = body.get("continued") is True
+        if self._groups.stop_early and not continued and stop_before_last_token(request):
+            self._shortened.add(request.request_id)
         if self._stream_layers and body.get("stream") is True:
             self._streams[request.request_id] = (request, digest_of(request))
 
@@ -138,20 +149,24 @@ class PrefillScheduler:
         """Keep a finished prompt's blocks; return whether, and what names them."""
         name = self._transfers.pop(request.request_id, None)
         stream = self._streams.pop(request.request_id, None)
+        good = SHORTENED if request.request_id in self._shortened else PREFILLED
+        self._shortened.discard(request.request_id)
         self._started_blocks -= self._started.pop(request.request_id, 0)
         if name is None:
             return False, None
-        tokens = request.num_prompt_tokens
-        if request.status not in PREFILLED or request.num_computed_tokens < tokens:
+        if request.status not in good or not self._stands_right(request):
             self._cancelled.append(name)
             self._names.discard(name)
             return False, None
         digest = stream[1] if stream else digest_of(request)
-        total = self._positions(tokens)
-        kept = tuple(ids[:count] for ids, count in zip(blocks, total, strict=True))
+        tokens = request.num_prompt_tokens
+        kept = tuple(
+            group.kept(ids, tokens) for group, ids in zip(self._groups.all, blocks, strict=True)
+        )
+        count = sum(block != NULL_BLOCK for ids in kept for block in ids)
         self._holds.append(Hold(name, request.request_id, digest, kept))
-        self._held[request.request_id] = (name, sum(map(len, kept)))
-        self._held_blocks += sum(map(len, kept))
+        self._held[request.request_id] = (name, count)
+        self._held_blocks += count
         return True, Reference(name, tokens, digest, self._peers).to_params()
 
     def freed(self, request_id: str) -> None:
@@ -167,10 +182,12 @@ class PrefillScheduler:
         return bool(self._holds or self._cancelled)
 
     def _blocks(self, request: Request) -> int:
-        return sum(self._positions(request.num_prompt_tokens))
+        return self._groups.most_blocks(request.num_prompt_tokens)
 
-    def _positions(self, tokens: int) -> tuple[int, ...]:
-        return tuple(math.ceil(tokens / size) for size in self._block_sizes)
+    def _stands_right(self, request: Request) -> bool:
+        """Whether what is kept is of the prompt; what forgets must not have gone on behind it."""
+        behind = request.num_computed_tokens - request.num_prompt_tokens
+        return behind == 0 or (behind > 0 and not self._groups.stop_early)
 
     def _chunk(
         self, request: Request, digest: str, count: int, blocks: tuple[list[int], ...]
@@ -180,7 +197,12 @@ class PrefillScheduler:
         # vLLM counts a step's tokens only after it has asked for its orders.
         end = min(request.num_computed_tokens + count, tokens)
         ready = tuple(
-            math.ceil(end / size) if end == tokens else end // size for size in self._block_sizes
+            0
+            if group.is_state
+            else group.table_blocks(end)
+            if end == tokens
+            else end // group.block_size
+            for group in self._groups.all
         )
         name = self._transfers[request.request_id]
         return Chunk(name, digest, blocks, ready)

@@ -12,7 +12,9 @@ from vllm.logger import init_logger
 from vllm_plugins.kv_connectors.pd.geometry import Heads
 from vllm_plugins.kv_connectors.pd.outbox import GoneError, Outbox, Reading
 from vllm_plugins.kv_connectors.pd.protocol import (
+    DIRECT_BYTES,
     GONE,
+    MAX_PIECE_BLOCKS,
     PIECE_BYTES,
     SLOTS,
     Kind,
@@ -25,6 +27,7 @@ from vllm_plugins.wire.errors import WireRefusedError
 from vllm_plugins.wire.shared_memory import SharedBuffer
 
 if TYPE_CHECKING:
+    from vllm_plugins.kv_connectors.pd.direct import CacheHandles
     from vllm_plugins.kv_connectors.pd.orders import Orders
     from vllm_plugins.kv_connectors.pd.pages import Pages
     from vllm_plugins.wire.connection import Connection
@@ -41,18 +44,26 @@ class PrefillWorker:
         groups: KV cache group of each layer.
         generation: Of this run of the worker.
         lease_s: Time after which unrenewed leases end, in s.
+        handles: With which readers on this host map the cache; None where they cannot.
     """
 
     def __init__(
-        self, pages: Pages, groups: dict[str, int], generation: str, lease_s: float
+        self,
+        pages: Pages,
+        groups: dict[str, int],
+        generation: str,
+        lease_s: float,
+        handles: CacheHandles | None = None,
     ) -> None:
         self._pages, self._groups, self._generation = pages, groups, generation
+        self._handles = handles
         self.outbox = Outbox(groups, lease_s)
         self._ready: dict[str, tuple[int, ...]] = {}
         self._counts = threading.Lock()
         self._sent = self._early = 0
         self._answers: dict[int, Callable[[Connection, Frame], None]] = {
             Kind.DESCRIBE: self._describe,
+            Kind.CACHES: self._caches,
             Kind.PULL: self._pull,
             Kind.RENEW: self._renew,
             Kind.RELEASE: self._release,
@@ -93,6 +104,10 @@ class PrefillWorker:
     def _describe(self, connection: Connection, frame: Frame) -> None:
         connection.send(Kind.SHARD, self._pages.shard.to_json())
 
+    def _caches(self, connection: Connection, frame: Frame) -> None:
+        handles = self._handles if connection.local else None
+        connection.send(Kind.HANDLES, {} if handles is None else handles.to_json())
+
     def _renew(self, connection: Connection, frame: Frame) -> None:
         live = self.outbox.renew(transfers(frame.header))
         connection.send(Kind.RENEWED, {"transfers": live})
@@ -103,12 +118,14 @@ class PrefillWorker:
 
     def _pull(self, connection: Connection, frame: Frame) -> None:
         wanted = PullRequest.from_json(frame.header)
-        self._check(wanted)
+        self._check(wanted, local=connection.local)
         # Between two pulls a reader may be silent for long; within one it may not.
         idle_timeout_s, connection.idle_timeout_s = connection.idle_timeout_s, None
         try:
             with self.outbox.reading(wanted.transfer_id, wanted.digest) as reading:
-                if wanted.shared:
+                if wanted.direct:
+                    _DirectSender(self, connection, wanted, reading, None).run()
+                elif wanted.shared:
                     descriptor = connection.receive_descriptor()
                     with SharedBuffer.attach(descriptor, wanted.shared) as shared:
                         _Sender(self, connection, wanted, reading, shared.view).run()
@@ -119,7 +136,7 @@ class PrefillWorker:
         finally:
             connection.idle_timeout_s = idle_timeout_s
 
-    def _check(self, wanted: PullRequest) -> None:
+    def _check(self, wanted: PullRequest, *, local: bool) -> None:
         """Refuse what this worker does not have."""
         heads, mine = Heads(*wanted.heads), self._pages.shard.heads
         if not len(heads) or (heads & mine) != heads:
@@ -127,6 +144,8 @@ class PrefillWorker:
         for layer, group in wanted.layers:
             if self._groups.get(layer) != group:
                 raise WireRefusedError("this worker has no such layer in such a group")
+        if wanted.direct and (wanted.shared or self._handles is None or not local):
+            raise WireRefusedError("this worker's caches are not to be mapped so")
         if wanted.shared not in (0, SLOTS * self.slot_bytes(wanted)):
             raise WireRefusedError("the shared memory has another size than agreed")
 
@@ -163,21 +182,27 @@ class _Sender:
         self._wanted, self._reading, self._shared = wanted, reading, shared
         self._heads = Heads(*wanted.heads)
         self._slot_bytes = worker.slot_bytes(wanted)
-        self._buffer = bytearray(0 if shared else self._slot_bytes)
+        self._buffer = bytearray(0 if shared or wanted.direct else self._slot_bytes)
         self._unacknowledged = self._pieces = 0
 
     def run(self) -> None:
         layers = [layer for layer, _ in self._wanted.layers]
         while fresh := self._reading.next(layers, self._wanted.groups):
-            for layer, span in fresh:
-                size = self._worker.pages.block_bytes(layer, self._heads)
-                for piece in span.pieces(size, PIECE_BYTES):
-                    self._send(layer, piece, len(piece) * size)
+            self._send_all(fresh)
         self._connection.send(Kind.END, {"pieces": self._pieces})
         while self._unacknowledged:
             self._acknowledged()
         if self._connection.receive().kind != Kind.DONE:
             raise WireRefusedError("expected the reader's word that it has all")
+        self._finish()
+
+    def _send_all(self, fresh: list[tuple[str, Span]]) -> None:
+        for layer, span in fresh:
+            size = self._worker.pages.block_bytes(layer, self._heads)
+            for piece in span.pieces(size, PIECE_BYTES):
+                self._send(layer, piece, len(piece) * size)
+
+    def _finish(self) -> None:
         self._reading.finish(self._wanted.reader, self._wanted.readers)
 
     def _send(self, layer: str, piece: Span, size: int) -> None:
@@ -207,3 +232,41 @@ class _Sender:
         if self._connection.receive().kind != Kind.ACK:
             raise WireRefusedError("expected an acknowledgement")
         self._unacknowledged -= 1
+
+
+class _DirectSender(_Sender):
+    """Names blocks of the mapped caches in place of sending what is in them.
+
+    A piece is of all the group's layers that are ready, which the reader copies at once. It is at
+    most `SLOTS` pieces behind, and has the time of a message for each; a reader that is slower
+    loses the connection, and with it the word that its copies are whole.
+    """
+
+    def _send_all(self, fresh: list[tuple[str, Span]]) -> None:
+        numbers = {layer: index for index, (layer, _) in enumerate(self._wanted.layers)}
+        groups = dict(self._wanted.layers)
+        together: dict[tuple[int, Span], list[str]] = {}
+        for layer, span in fresh:
+            together.setdefault((groups[layer], span), []).append(layer)
+        for (_, span), layers in together.items():
+            sizes = [self._worker.pages.block_bytes(layer, self._heads) for layer in layers]
+            for piece in span.pieces(max(*sizes, DIRECT_BYTES // MAX_PIECE_BLOCKS), DIRECT_BYTES):
+                places = [numbers[layer] for layer in layers]
+                self._offer(layers[0], places, piece, len(piece) * sum(sizes))
+
+    def _offer(self, layer: str, places: list[int], piece: Span, size: int) -> None:
+        while self._unacknowledged == SLOTS:
+            self._acknowledged()
+        early = self._reading.computing
+        blocks = list(self._reading.blocks(layer, piece))
+        self._worker.pages.await_written()
+        header = {"layers": places, "first": piece.first, "count": len(piece), "blocks": blocks}
+        self._connection.send(Kind.PIECE, header)
+        self._unacknowledged += 1
+        self._pieces += 1
+        self._worker.count(size, early=early)
+
+    def _finish(self) -> None:
+        self._reading.check_kept()
+        super()._finish()
+        self._connection.send(Kind.KEPT, {})

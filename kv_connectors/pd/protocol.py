@@ -4,11 +4,16 @@
 Kind       Header                                       Answer
 ========== ============================================ =====================================
 DESCRIBE   generation                                   SHARD: the worker's `geometry.Shard`
+CACHES     generation                                   HANDLES: `direct.CacheHandles`; empty
+                                                        where the caches cannot be mapped
 PULL       transfer, digest, groups, layers, heads,     PIECE frames in any order, then END
-           reader, readers, shared
-PIECE      layer, group, first, count; slot in shared   an ACK for each, in shared memory only
-           memory, whose bytes are then no payload
-DONE       none: the reader has all that it wants       none
+           reader, readers, shared, direct
+PIECE      layer, first, count; slot in shared memory,  an ACK for each, in shared memory only
+           whose bytes are then no payload
+PIECE      direct: layers, by index in the PULL and     an ACK for each, once the reader has copied
+           all of one group, first, count, blocks
+DONE       none: the reader has all that it wants       direct: KEPT, if the blocks were the
+                                                        prompt's until now; otherwise none
 RENEW      transfers                                    RENEWED: those that still exist
 RELEASE    transfers                                    RELEASED
 ========== ============================================ =====================================
@@ -30,12 +35,17 @@ from vllm_plugins.wire.errors import WireError, WireRefusedError
 # Bytes of one piece at most, unless one block alone is larger: small enough that reading, the wire
 # and writing overlap, large enough that a message costs little.
 PIECE_BYTES = 8 << 20
-# Pieces in shared memory at a time.
+# Bytes of one layer in a direct piece: no buffer is of its size, and a message takes as long as the
+# device needs for all its layers.
+DIRECT_BYTES = 64 << 20
+# Pieces that the writer may be ahead of the reader, in shared memory or directly.
 SLOTS = 4
 # As many names of the greatest length fit into a header.
 MAX_TRANSFERS = 2048
 MAX_GROUPS = 64
 MAX_BLOCKS = 1 << 24
+# Block ids of one direct piece, which stand in its header.
+MAX_PIECE_BLOCKS = 1 << 15
 
 
 # Begins what a worker answers where there is no such transfer, or no more.
@@ -56,6 +66,9 @@ class Kind(IntEnum):
     RENEWED = 9
     RELEASE = 10
     RELEASED = 11
+    CACHES = 12
+    HANDLES = 13
+    KEPT = 14
 
 
 @dataclass(frozen=True)
@@ -88,6 +101,7 @@ class PullRequest:
         reader: Rank of the reader.
         readers: How many readers pull from this writer.
         shared: Bytes of the shared memory whose descriptor follows; 0 for none.
+        direct: Whether the reader copies out of the mapped caches itself, and is sent block ids.
     """
 
     transfer_id: str
@@ -98,6 +112,7 @@ class PullRequest:
     reader: int
     readers: int
     shared: int
+    direct: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the header."""
@@ -110,6 +125,7 @@ class PullRequest:
             "reader": self.reader,
             "readers": self.readers,
             "shared": self.shared,
+            "direct": self.direct,
         }
 
     @classmethod
@@ -129,6 +145,9 @@ class PullRequest:
         reader, readers, shared = (
             integers([header.get(name)], 1, 1 << 40)[0] for name in ("reader", "readers", "shared")
         )
+        direct = header.get("direct")
+        if type(direct) is not bool:
+            raise ValueError("direct is neither true nor false")
         named = tuple(_layer(layer, len(groups)) for layer in layers)
         if len(dict(named)) != len(named):
             raise ValueError("a layer is named twice")
@@ -141,6 +160,7 @@ class PullRequest:
             reader,
             readers,
             shared,
+            direct,
         )
 
 

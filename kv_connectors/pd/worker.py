@@ -6,10 +6,16 @@ import secrets
 from typing import TYPE_CHECKING
 
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+from vllm.logger import init_logger
 
+from vllm_plugins.errors import PluginError
 from vllm_plugins.kv_connectors.pd.decode_worker import DecodeWorker
+from vllm_plugins.kv_connectors.pd.direct import UnavailableError, export_caches
+from vllm_plugins.kv_connectors.pd.direct_cuda import CudaCaches
+from vllm_plugins.kv_connectors.pd.direct_peers import DirectPeers
 from vllm_plugins.kv_connectors.pd.fingerprint import fingerprint
 from vllm_plugins.kv_connectors.pd.geometry import Heads
+from vllm_plugins.kv_connectors.pd.groups import Groups
 from vllm_plugins.kv_connectors.pd.orders import Introduction, Orders, Report
 from vllm_plugins.kv_connectors.pd.pages import Pages
 from vllm_plugins.kv_connectors.pd.peers import PeerConnections
@@ -23,7 +29,10 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+    from vllm_plugins.kv_connectors.pd.direct import CacheHandles, DirectCaches
     from vllm_plugins.kv_connectors.pd.plugin import PdOptions
+
+logger = init_logger("vllm.vllm_plugins.pd")
 
 GENERATION_BYTES = 8
 MAX_CONNECTIONS = 256
@@ -51,7 +60,8 @@ class Worker:
         """Take the KV cache, and serve it if this is a prefill instance.
 
         Raises:
-            PluginError: The cache has a form that is not known, or the port is taken.
+            PluginError: The cache has a form that is not known, or cannot be mapped where it must
+                be, or the port is taken.
         """
         options = self._options
         groups = {
@@ -61,39 +71,60 @@ class Worker:
         }
         tp, pp = get_tp_group(), get_pp_group()
         total = self._config.model_config.get_total_num_kv_heads()
+        states = Groups.state_forms(self._kv_cache_config)
+        attention = (cache for name, cache in caches.items() if name not in states)
         pages = Pages(
             {name: cache for name, cache in caches.items() if name in groups},
             self._kv_cache_config.num_blocks,
-            self._kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
+            Groups.of(self._kv_cache_config).block_size,
             Heads.of_rank(total, tp.rank_in_group, tp.world_size),
-            fingerprint(self._config, next(iter(caches.values()))),
+            fingerprint(self._config, next(attention, None)),
+            states,
+            (tp.rank_in_group, tp.world_size),
         )
-        secret = load_secret(options.secret_file)
-        peer = None
-        if options.role != "decode":
-            generation = secrets.token_hex(GENERATION_BYTES)
-            self._serving = PrefillWorker(pages, groups, generation, options.lease_s)
-            rank = pp.rank_in_group * tp.world_size + tp.rank_in_group
-            self._server = Server(
-                self._serving.serve,
-                secret,
-                host=options.bind_host,
-                # Each worker of an instance needs a port of its own.
-                port=options.port + rank if options.port else 0,
-                unix=options.transport in ("auto", "shm"),
-                timeout_s=options.read_timeout_s,
-                max_connections=MAX_CONNECTIONS,
-                name="pd",
-            )
-            self._server.start()
-            peer = Peer(options.announced(self._server.address), generation)
+        direct = _direct_caches(options, pages)
+        rank = pp.rank_in_group * tp.world_size + tp.rank_in_group
+        peer = self._serve(pages, groups, rank, direct) if options.role != "decode" else None
         if options.role != "prefill":
-            connections = PeerConnections(secret, options.connect_timeout_s, options.read_timeout_s)
-            rank = pp.rank_in_group * tp.world_size + tp.rank_in_group
-            self._pulling = DecodeWorker(
-                pages, groups, rank, connections, share_memory=options.transport != "tcp"
-            )
+            self._pulling = self._reader(pages, groups, rank, direct)
         self.introduction = Introduction(pages.shard, peer)
+
+    def _serve(
+        self, pages: Pages, groups: dict[str, int], rank: int, direct: DirectCaches | None
+    ) -> Peer:
+        """Serve the cache, and return where."""
+        options, generation = self._options, secrets.token_hex(GENERATION_BYTES)
+        handles = _exported(options, pages, direct)
+        self._serving = PrefillWorker(pages, groups, generation, options.lease_s, handles)
+        self._server = Server(
+            self._serving.serve,
+            load_secret(options.secret_file),
+            host=options.bind_host,
+            # Each worker of an instance needs a port of its own.
+            port=options.port + rank if options.port else 0,
+            unix=options.transport != "tcp",
+            timeout_s=options.read_timeout_s,
+            max_connections=MAX_CONNECTIONS,
+            name="pd",
+        )
+        self._server.start()
+        return Peer(options.announced(self._server.address), generation)
+
+    def _reader(
+        self, pages: Pages, groups: dict[str, int], rank: int, direct: DirectCaches | None
+    ) -> DecodeWorker:
+        options = self._options
+        connections = PeerConnections(
+            load_secret(options.secret_file), options.connect_timeout_s, options.read_timeout_s
+        )
+        peers = None
+        if direct is not None:
+            required = options.transport == "cuda_ipc"
+            peers = DirectPeers(direct, pages, connections, required=required)
+        share_memory = options.transport != "tcp"
+        return DecodeWorker(
+            pages, groups, rank, connections, share_memory=share_memory, direct=peers
+        )
 
     def begin_step(self, orders: Orders) -> None:
         """Take the orders that must be carried out before the step's forward."""
@@ -143,3 +174,36 @@ class Worker:
             self._server.stop()
         if self._pulling is not None:
             self._pulling.close()
+
+
+def _direct_caches(options: PdOptions, pages: Pages) -> DirectCaches | None:
+    """Return how this worker's caches and others' are mapped; None where they are not to be."""
+    devices = {cache.device for cache in pages.caches.values()}
+    if options.transport not in ("auto", "cuda_ipc") or {one.type for one in devices} != {"cuda"}:
+        return None
+    return CudaCaches(devices.pop())
+
+
+def _exported(options: PdOptions, pages: Pages, direct: DirectCaches | None) -> CacheHandles | None:
+    """Return with which handles readers map the caches; None where they cannot.
+
+    Raises:
+        PluginError: They cannot, and KV may leave in no other way.
+    """
+    if direct is None:
+        return None
+    try:
+        return export_caches(pages, direct)
+    except UnavailableError as error:
+        if options.transport == "cuda_ipc":
+            raise PluginError(
+                "--plugin pd: transport=cuda_ipc",
+                f"the KV cache cannot be mapped by other processes: {error}",
+                "use transport=auto",
+            ) from None
+        logger.warning(
+            "vllm-plugins: pd: KV leaves through host memory, since other processes cannot map "
+            "the cache: %s",
+            error,
+        )
+        return None

@@ -143,8 +143,14 @@ SPECIAL = [
     ("heads", [False, True]),
     ("bytes_per_head", [64] * 11),
     ("bytes_per_head", ["64"] * 12),
+    ("states", [["layer.0"]]),
+    ("states", [["layer.0", 1]]),
+    ("states", [["layer.0", "x"]] * 13),
+    ("tensor", [1, 1]),
+    ("tensor", [-1, 1]),
+    ("tensor", [0, MAX_HEADS + 1]),
 ]
-HARMLESS = {"block_size": -1, "identity": "x"}
+HARMLESS = {"block_size": -1, "identity": "x", "states": []}
 
 
 @pytest.mark.parametrize(

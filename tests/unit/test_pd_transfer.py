@@ -125,7 +125,7 @@ def test_several_prompts_come_at_once(ends, way, small_pieces):
         replace(Prompt.of(f"t{i}", (8, 8), skip=0),
                 source=(list(range(8 * i, 8 * i + 8)), list(range(8 * i, 8 * i + 8))[::-1]),
                 targets=(list(range(56 - 8 * i, 64 - 8 * i)), list(range(8 * i, 8 * i + 8))))
-        for i in range(BLOCKS // 8)
+        for i in range(1, BLOCKS // 8)
     ]  # fmt: skip
     (writer,), (reader,) = writers_of(ends, MODEL), readers_of(ends, OLD, share_memory=share)
     for prompt in prompts:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from vllm_plugins.compat import disaggregation_behaviours as handover
 from vllm_plugins.compat import encoder_behaviours as encoder
+from vllm_plugins.compat import state_behaviours as states
 from vllm_plugins.compat.contract import (
     REST_OPTIONAL,
     Contract,
@@ -89,8 +90,8 @@ PD_SIDES = (
         "Form of the cache.", PD_WORKER),
     has("vllm.v1.kv_cache_interface:KVCacheGroupSpec", "layer_names kv_cache_spec",
         "Form of the cache.", PD_WORKER, PD_CONNECTOR),
-    has(_REQUEST, "status lora_request num_preemptions",
-        "How a prompt ended, and what its KV depends on."),
+    has(_REQUEST, "status lora_request num_preemptions abort_immediately",
+        "How a prompt ended, what its KV depends on, and whether anybody waits for it."),
     has("vllm.lora.request:LoRARequest", "lora_name", "What a prompt's KV depends on.", PD_PREFILL),
     has("vllm.multimodal.inputs:MultiModalFeatureSpec", "identifier mm_position",
         "What a prompt's KV depends on.", PD_PREFILL),
@@ -143,6 +144,57 @@ PD_BEHAVIOURS = (
     behaves("vllm.model_executor.layers.attention.kv_transfer_utils:maybe_transfer_kv_layer",
             handover.layers_are_told_of_once_attention_has_run,
             "A layer leaves once its KV is written.", PD_SERVES),
+)  # fmt: skip
+
+PD_GROUPS, PD_ROTARY = f"{PD}/groups.py", "engine/rotary_heads.py"
+_CACHE = "vllm.v1.core.kv_cache_manager:KVCacheManager"
+_SPECS = "vllm.v1.kv_cache_interface"
+_ROTARY = "vllm.model_executor.layers.rotary_embedding:RotaryEmbedding"
+
+# Recurrent states.
+PD_STATES = (
+    has(_CONNECTOR, "supports_divergent_local_hybrid_hits",
+        "Overridden: a pull brings the state, so attention's own KV may reach further.",
+        PD_CONNECTOR),
+    method(f"{_CACHE}.get_computed_blocks", "request",
+           "Behind how many tokens a request could go on without a pull.", PD_CONNECTOR),
+    is_class(f"{_SPECS}:MambaSpec", "Groups with one state in place of a block per position."),
+    is_class(f"{_SPECS}:FullAttentionSpec", "Groups that keep all positions."),
+    has(f"{_SPECS}:UniformTypeKVCacheSpecs", "first_spec block_size", "Groups of several widths.",
+        PD_GROUPS),
+    has(_REQUEST, "prompt_token_ids num_prompt_tokens max_tokens mm_features prompt_embeds "
+        "block_hashes skip_reading_prefix_cache _all_token_ids",
+        "A prompt ends one token early, where the decode instance goes on.", PD_GROUPS),
+    method(f"{_REQUEST}.update_block_hashes", "", "A shortened prompt's own hashes.", PD_GROUPS),
+    has("vllm.v1.request:RequestStatus", "FINISHED_STOPPED FINISHED_LENGTH_CAPPED",
+        "How a prompt ended.", PD_PREFILL, kind="object"),
+    has("vllm.config:VllmConfig", "speculative_config", "What is refused.", f"{PD}/plugin.py"),
+    method("vllm.model_executor.layers.mamba.mamba_utils:is_conv_state_dim_first", "",
+           "The layout within a state.", f"{PD}/fingerprint.py"),
+    behaves(f"{_CACHE}.allocate_slots",
+            states.a_pulled_state_gets_the_block_behind_its_last_token,
+            "A state is pulled into the block that the next step reads.", PD_GROUPS),
+    behaves(f"{_CACHE}.get_block_ids_for_computed_tokens",
+            states.a_computed_state_stands_in_the_block_behind_its_last_token,
+            "The state that is handed over is the one behind the prompt.", PD_GROUPS),
+    behaves(_REQUEST, states.a_prompt_can_be_shortened_before_it_starts,
+            "A prompt ends one token early, where the decode instance goes on.", PD_GROUPS),
+    is_class("vllm.model_executor.custom_op:CustomOp",
+             "A right embedding takes a wrong one's place on CPU."),
+    method("vllm.model_executor.custom_op:CustomOp.register_oot", REST_OPTIONAL,
+           "A right embedding takes a wrong one's place on CPU.", PD_ROTARY),
+    has("vllm.model_executor.custom_op:op_registry_oot", "",
+        "Whether another took its place already.", PD_ROTARY, kind="object"),
+    is_class(_ROTARY, "Base of the right embedding."),
+    has(_ROTARY, "name __name__", "The name that the right one takes over.", PD_ROTARY,
+        kind="object"),
+    method(f"{_ROTARY}.forward_cpu", "positions, query, key", "Extended: flattens heads.",
+           PD_ROTARY),
+    has("vllm.platforms:current_platform", "is_cpu import_kernels", "Where the kernel is tried.",
+        PD_ROTARY, kind="object"),
+    method("vllm._custom_ops:rotary_embedding",
+           f"positions, query, key, head_size, cos_sin_cache, is_neox, {REST_OPTIONAL}",
+           "The kernel that is tried.", PD_ROTARY),
 )  # fmt: skip
 
 NIXL = f"{PD}/nixl.py"
@@ -298,7 +350,7 @@ ROUTER = (
 DISAGGREGATION_CONTRACTS: tuple[Contract, ...] = (
     *(
         replace(row, vllm=load("pd").requires.vllm)
-        for row in (*PD_SIDES, *PD_BEHAVIOURS, *PD_OVER_NIXL)
+        for row in (*PD_SIDES, *PD_BEHAVIOURS, *PD_STATES, *PD_OVER_NIXL)
     ),
     *(replace(row, vllm=load("epd").requires.vllm) for row in (*EPD_SIDES, *EPD_BEHAVIOURS)),
     *ROUTER,

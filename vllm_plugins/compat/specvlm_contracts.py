@@ -52,6 +52,12 @@ REGISTRATION = (
 )  # fmt: skip
 
 DRAFTER = (
+    method(f"{_LAYERS}.attention.attention:unified_kv_cache_update", "key, value, layer_name",
+           "Steps that draft nothing write keys and values alone.", MODEL),
+    has("vllm.v1.core.sched.output:SchedulerOutput", "num_spec_tokens_to_schedule",
+        "Whether a step drafts.", "spec_decode/specvlm/listener.py"),
+    has("vllm.v1.attention.backend:AttentionBackend", "forward_includes_kv_cache_update",
+        "Whether keys and values can be written alone.", MODEL),
     is_class(f"{_EAGLE}:EagleLlamaForCausalLM", "Base of the drafter: its head, its loading.",
              MODEL),
     method(f"{_EAGLE}:LlamaDecoderLayer.__init__",
