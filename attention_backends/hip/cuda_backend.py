@@ -4,14 +4,11 @@ In a sparse layer the stock kernel still serves the rows of a batch that are den
 serves are shown to it as sequences of nothing but their own queries, which cost it next to nothing,
 and are then written over: so rows may come in any order, and nothing is gathered or scattered.
 
-Which rows are sparse is known on the host. Which pruning stages are due is found on the device, and
-no step waits for it: see `mask_cache`.
+What a batch's rows are told is found in `cuda_batch`.
 """
 
 from __future__ import annotations
 
-import copy
-from collections import deque
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,22 +23,20 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from vllm_plugins.attention_backends.hip.batch import BatchPlanner, Rows
-from vllm_plugins.attention_backends.hip.mask_cache import UNKNOWN, MaskCache
-from vllm_plugins.attention_backends.hip.meter import BatchMeter
+from vllm_plugins.attention_backends.hip.cuda_batch import (
+    DevicePlanner,
+    SparseRows,
+    decode_queries,
+)
 from vllm_plugins.attention_backends.hip.plan import QUERY_BLOCK, LayerPlan
-from vllm_plugins.attention_backends.hip.query_blocks import DENSE, QueryBlocks, concatenate
 from vllm_plugins.attention_backends.hip.selection import NONE
 from vllm_plugins.attention_backends.hip.triton_kernels import ops
-from vllm_plugins.attention_backends.hip.triton_kernels.blocks import Batch, pack
+from vllm_plugins.attention_backends.hip.triton_kernels.blocks import Batch
 from vllm_plugins.attention_backends.hip.triton_kernels.decode import num_splits
-from vllm_plugins.attention_backends.hip.worker import SparseLayer, hip_options
-from vllm_plugins.engine.host_copy import HostCopy
+from vllm_plugins.attention_backends.hip.worker import SparseLayer
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
-    from vllm_plugins.attention_backends.hip.plugin import HipOptions
+    pass
 
 
 class HipCudaBackend(FlashAttentionBackend):
@@ -83,24 +78,6 @@ class HipCudaBackend(FlashAttentionBackend):
         return False
 
 
-@dataclass(frozen=True)
-class SparseRows:
-    """The rows of a batch that are sparse in sparse layers.
-
-    Attributes:
-        decodes: Query blocks of decodes on the device, as of `blocks.pack`, or None.
-        prompts: Those of prompts, some of which may be dense, or None; each has a list row of its
-            own.
-        max_len: Upper bound of the sequences' lengths.
-        rest: What the stock kernel is told about the other rows, or None if there are none.
-    """
-
-    decodes: torch.Tensor | None
-    prompts: torch.Tensor | None
-    max_len: int
-    rest: FlashAttentionMetadata | None
-
-
 @dataclass
 class HipCudaMetadata(FlashAttentionMetadata):
     """A batch, and its sparse rows, if it has any."""
@@ -108,17 +85,11 @@ class HipCudaMetadata(FlashAttentionMetadata):
     sparse: SparseRows | None = None
 
 
-def decode_queries(config: VllmConfig) -> int:
-    """Return the most tokens of a request in a decode step: one, and the drafts to verify."""
-    drafts = config.speculative_config
-    return 1 + (drafts.num_speculative_tokens if drafts is not None else 0)
-
-
 class HipCudaMetadataBuilder(FlashAttentionMetadataBuilder):
     """Describes batches; remembers how old what is kept of each request is."""
 
-    # Which kernels run differs from batch to batch; graphs are captured around attention.
-    _cudagraph_support = AttentionCGSupport.NEVER
+    # Of other steps different kernels run from batch to batch; graphs are captured around those.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     # What is kept of a request is found by its slots, which differ between groups of layers.
     supports_update_block_table = False
 
@@ -146,167 +117,24 @@ class HipCudaMetadataBuilder(FlashAttentionMetadataBuilder):
             sparse = self._planner.plan(common_attn_metadata, stock)
         return HipCudaMetadata(**values, sparse=sparse)
 
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> HipCudaMetadata:
+        """Describe a batch whose graph serves sequences of every length."""
+        if self._planner is None:
+            return self.build(0, common_attn_metadata)
+        self._planner.is_counting = False
+        built = self.build(0, common_attn_metadata)
+        self._planner.is_counting = True
+        if built.sparse is not None and built.sparse.rest is not None:
+            longest = self.model_config.max_model_len
+            built.sparse.rest.max_seq_len = longest
+            built.sparse = replace(built.sparse, max_len=longest)
+        return built
+
     def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
         """Tell vLLM up to 0.31 that all rows attend to their whole sequence by themselves."""
         return False
-
-
-class DevicePlanner:
-    """Finds the sparse rows of each batch, and the stages that are due for them.
-
-    Args:
-        config: The engine's configuration.
-        block_size: Tokens of a cache block.
-        device: Of the kernels.
-    """
-
-    def __init__(self, config: VllmConfig, block_size: int, device: torch.device) -> None:
-        self._options: HipOptions = hip_options(config)
-        self._block_size, self._device = block_size, device
-        self._queries = decode_queries(config)
-        self._cache = MaskCache(
-            config.scheduler_config.max_num_seqs, self._queries, self._options.refresh, device
-        )
-        self._prompts = BatchPlanner(self._options, 1, 1)
-        self._meter = _LateMeter(config, len(self._options.stages))
-
-    def plan(
-        self, batch: CommonAttentionMetadata, stock: FlashAttentionMetadata
-    ) -> SparseRows | None:
-        """Find a batch's sparse rows.
-
-        Args:
-            batch: vLLM's description of it.
-            stock: The stock builder's.
-
-        Returns:
-            The sparse rows, or None if the stock kernel serves all of them.
-        """
-        host = _host_rows(batch)
-        decoding = ~host.prefilling & (host.length > 0) & (host.length <= self._queries)
-        sparse = decoding & self._is_sparse(host.position + host.length)
-        prompts = self._prompts.plan(_prompts_of(host, decoding))[1]
-        served = sparse.clone()
-        served[prompts.row[prompts.level != DENSE].long()] = True
-        decodes = self._decodes(batch, sparse)
-        self._meter.count(decodes, _whole(host, decoding & ~sparse), prompts)
-        if not served.any():
-            return None
-        mine = QueryBlocks(*(x[served[prompts.row.long()]] for x in vars(prompts).values()))
-        mine = replace(mine, kept_row=torch.arange(len(mine), dtype=torch.int32))
-        return SparseRows(
-            decodes=decodes,
-            prompts=_to_device(pack(mine), self._device) if len(mine) else None,
-            max_len=stock.max_seq_len,
-            rest=self._rest(batch, stock, host, served),
-        )
-
-    def _is_sparse(self, end: torch.Tensor) -> torch.Tensor:
-        if self._options.phases not in ("decode", "both"):
-            return torch.zeros_like(end, dtype=torch.bool)
-        return end > self._options.dense_threshold
-
-    def _decodes(self, batch: CommonAttentionMetadata, chosen: torch.Tensor) -> torch.Tensor | None:
-        """Return the query blocks of decodes; only which rows are chosen comes from the host."""
-        # Without any, the step still counts: nothing is kept of requests that are not in a batch.
-        row, size = _to_device(chosen.nonzero().flatten(), self._device), self._block_size
-        start = batch.query_start_loc[row].to(torch.int32)
-        length = batch.query_start_loc[row + 1].to(torch.int32) - start
-        position = batch.seq_lens[row].to(torch.int32) - length
-        last = position - 1
-        before = batch.block_table_tensor[row, last // size].long() * size + last % size
-        offset = torch.arange(self._queries, device=self._device)
-        token = (start[:, None] + offset).clamp(max=len(batch.slot_mapping) - 1)
-        slots = torch.where(offset < length[:, None], batch.slot_mapping[token], UNKNOWN)
-        kept_row, level = self._cache.step(before, slots, position, torch.ones_like(row).bool())
-        if len(row) == 0:
-            return None
-        return pack(QueryBlocks(start, length, row.to(torch.int32), position, level, kept_row))
-
-    def _rest(
-        self,
-        batch: CommonAttentionMetadata,
-        stock: FlashAttentionMetadata,
-        host: Rows,
-        served: torch.Tensor,
-    ) -> FlashAttentionMetadata | None:
-        """Return what the stock kernel is told: of rows that are served elsewhere, nothing."""
-        others = ~served & (host.length > 0)
-        if not others.any():
-            return None
-        rest, n = copy.copy(stock), len(served)
-        own = batch.query_start_loc[1 : n + 1] - batch.query_start_loc[:n]
-        mask = _to_device(served, self._device)
-        rest.seq_lens = torch.where(mask, own, stock.seq_lens[:n]).to(stock.seq_lens.dtype)
-        longest = torch.where(served, host.length, host.position + host.length)
-        rest.max_seq_len = int(longest.max())
-        # It was made for other lengths; without it the kernel makes its own.
-        rest.scheduler_metadata = None
-        return rest
-
-
-def _host_rows(batch: CommonAttentionMetadata) -> Rows:
-    """Return a batch's rows; the lengths of decodes are bounds while drafts are being judged."""
-    n = batch.num_reqs
-    start = batch.query_start_loc_cpu[: n + 1].to(torch.int32)
-    length = start.diff()
-    prefilling = batch.is_prefilling
-    assert batch.seq_lens_cpu_upper_bound is not None
-    return Rows(
-        start=start[:-1],
-        length=length,
-        position=batch.seq_lens_cpu_upper_bound[:n].to(torch.int32) - length,
-        prefilling=length > 1 if prefilling is None else prefilling[:n],
-        # Both are on the device.
-        block_table=torch.empty((n, 1), dtype=torch.int32),
-        slots=torch.empty(1, dtype=torch.int64),
-        block_size=1,
-    )
-
-
-def _prompts_of(rows: Rows, decoding: torch.Tensor) -> Rows:
-    length = rows.length.masked_fill(decoding, 0)
-    return replace(rows, length=length, prefilling=torch.ones_like(decoding))
-
-
-def _whole(rows: Rows, chosen: torch.Tensor) -> QueryBlocks:
-    """Return dense rows as one query block each."""
-    row = chosen.nonzero().flatten().to(torch.int32)
-    dense = torch.full_like(row, DENSE)
-    return QueryBlocks(
-        rows.start[chosen], rows.length[chosen], row, rows.position[chosen], dense, dense
-    )
-
-
-def _to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Send values to the device without waiting."""
-    pinned = values.pin_memory() if device.type == "cuda" else values
-    return pinned.to(device, non_blocking=True)
-
-
-class _LateMeter:
-    """Counts batches once the device's part of them has arrived.
-
-    Args:
-        config: The engine's configuration.
-        num_stages: The level at which no stage runs.
-    """
-
-    def __init__(self, config: VllmConfig, num_stages: int) -> None:
-        self._meter, self._num_stages = BatchMeter(config), num_stages
-        self._waiting: deque[tuple[HostCopy | None, QueryBlocks, QueryBlocks]] = deque()
-
-    def count(self, decodes: torch.Tensor | None, dense: QueryBlocks, prompts: QueryBlocks) -> None:
-        """Count a batch, now or later: its sparse decodes, its dense ones and its prompts."""
-        here = HostCopy(decodes) if decodes is not None else None
-        self._waiting.append((here, dense, prompts))
-        while self._waiting and (self._waiting[0][0] is None or self._waiting[0][0].is_here()):
-            copied, dense, prompts = self._waiting.popleft()
-            parts = [dense]
-            if copied is not None:
-                columns = torch.from_numpy(copied.arrays()[0]).unbind(dim=1)
-                parts.append(QueryBlocks(*columns))
-            self._meter.count(concatenate(parts), prompts, self._num_stages)
 
 
 class HipCudaImpl(SparseLayer, FlashAttentionImpl):

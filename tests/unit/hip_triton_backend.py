@@ -10,7 +10,10 @@ import pytest
 import torch
 from vllm import SamplingParams
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
 
 from tests.models import make_engine, tiny_llama, worker_of
 from tests.unit import hip_kernels  # Makes the interpreter right and fast.
@@ -165,6 +168,54 @@ def test_sparse_prompts(plan):
     # Where all rows are served here, the stock kernel has nothing to do.
     assert plan(batch_of([(60, 100, True), (301, 1, False)])).sparse.rest is None
     assert plan(batch, phases="prefill").sparse.decodes is None
+
+
+@pytest.fixture
+def graphs(llm, monkeypatch):
+    """Lets the planner describe steps of single tokens for graphs."""
+    planner = builder_of(llm)._planner
+    monkeypatch.setattr(planner, "_blocks", torch.full((8, 6), -7, dtype=torch.int32))
+    monkeypatch.setattr(planner, "_lengths", torch.full((8,), -7, dtype=torch.int32))
+
+
+def test_what_a_graph_reads_stays_where_it_is(plan, graphs):
+    options = {"phases": "decode", "dense_threshold": 100}
+    first = plan(batch_of([(200, 1, False), (50, 1, False), (0, 0, False)]), **options)
+    assert first.sparse.decodes[:, :5].tolist() == [
+        # Start, length, row, position, level: two are empty, the stock kernel's and padding.
+        [0, 1, 0, 200, 0], [1, 0, 1, 50, 0], [2, 0, 2, 0, 0],
+    ]  # fmt: skip
+    assert first.sparse.rest.seq_lens.tolist() == [1, 51, 0]
+    assert first.sparse.rest.scheduler_metadata is None and first.sparse.prompts is None
+    # A step with a prompt in between is none of a graph's.
+    assert plan(batch_of([(201, 1, False), (0, 40, True)])).sparse.decodes.shape == (1, 6)
+    second = plan(batch_of([(202, 1, False), (300, 1, False), (99, 1, True)]))
+    assert second.sparse.decodes[:, 1:5].tolist() == [[1, 0, 202, 2], [1, 1, 300, 0], [0, 2, 99, 0]]
+    assert second.sparse.rest.seq_lens.tolist() == [1, 1, 100]
+    for old, new in ((first.sparse.decodes, second.sparse.decodes),
+                     (first.sparse.rest.seq_lens, second.sparse.rest.seq_lens)):  # fmt: skip
+        assert old.data_ptr() == new.data_ptr() and old.equal(new)
+
+
+def test_graphs_are_captured_for_the_longest_sequence_and_not_counted(llm, graphs, monkeypatch):
+    builder, counted = builder_of(llm), []
+    monkeypatch.setattr(builder._planner._meter, "count", lambda *blocks: counted.append(blocks))
+    batch = batch_of([(200, 1, False), (50, 1, False)])
+    built = builder.build_for_cudagraph_capture(batch)
+    longest = builder.model_config.max_model_len
+    assert built.sparse.max_len == built.sparse.rest.max_seq_len == longest > 201
+    assert not counted
+    builder.build(0, batch)
+    assert len(counted) == 1
+
+
+def test_it_answers_the_same_where_steps_are_described_for_graphs(llm, graphs, on_cpu, monkeypatch):
+    # All rows are sparse, so that there is nothing for the stock kernel, which needs CUDA.
+    monkeypatch.setattr(FlashAttentionImpl, "forward", lambda *_: None)
+    tokens, logprobs = greedy(llm)
+    assert tokens == on_cpu[0]
+    assert torch.allclose(logprobs, on_cpu[1], atol=1e-4)
+    assert (builder_of(llm)._planner._blocks[:3] != -7).all()
 
 
 def test_stock_where_no_layer_is_sparse(llm, monkeypatch):

@@ -98,6 +98,8 @@ CPU_BACKEND = (
 )  # fmt: skip
 
 CUDA = "attention_backends/hip/cuda_backend.py"
+CUDA_BATCH = "attention_backends/hip/cuda_batch.py"
+PACKED_CUDA = "attention_backends/zipcache/cuda_backend.py"
 _FLASH = "vllm.v1.attention.backends.flash_attn"
 
 CUDA_BACKEND = (
@@ -118,15 +120,23 @@ CUDA_BACKEND = (
         "seq_lens max_seq_len block_table scheduler_metadata",
         "Rewritten, so that rows that are served elsewhere cost nothing.", CUDA),
     is_class(f"{_FLASH}:FlashAttentionMetadataBuilder", "Base of the CUDA metadata builder."),
-    has(f"{_FLASH}:FlashAttentionMetadataBuilder", "block_size", "Tokens of a cache block.", CUDA),
+    has(f"{_FLASH}:FlashAttentionMetadataBuilder", "block_size model_config",
+        "Tokens of a cache block, and of the longest sequence.", CUDA),
+    method(f"{_BACKEND}:AttentionMetadataBuilder.build_for_cudagraph_capture",
+           "common_attn_metadata", "A graph serves sequences of every length.", CUDA),
+    has("vllm.config:CompilationConfig", "cudagraph_mode max_cudagraph_capture_size",
+        "Which steps are replayed as graphs.", CUDA_BATCH),
+    has("vllm.config.compilation:CUDAGraphMode", "has_full_cudagraphs",
+        "Which steps are replayed as graphs.", CUDA_BATCH, kind="object"),
     method(f"{_FLASH}:FlashAttentionMetadataBuilder.__init__",
            "kv_cache_spec, layer_names, vllm_config, device", "Extended.", CUDA),
     method(f"{_FLASH}:FlashAttentionMetadataBuilder.build",
            "common_prefix_len, common_attn_metadata, fast_build", "Extended.", CUDA),
-    has(f"{_BACKEND}:AttentionCGSupport", "NEVER", "Graphs are captured around attention.", CUDA,
-        kind="object"),
-    has(f"{_BACKEND}:CommonAttentionMetadata", "query_start_loc_cpu seq_lens_cpu_upper_bound",
-        "What the host knows of a batch.", CUDA),
+    has(f"{_BACKEND}:AttentionCGSupport", "UNIFORM_SINGLE_TOKEN_DECODE",
+        "Steps that only decode run as graphs.", CUDA, PACKED_CUDA, kind="object"),
+    has(f"{_BACKEND}:CommonAttentionMetadata",
+        "query_start_loc_cpu seq_lens_cpu_upper_bound max_query_len",
+        "What the host knows of a batch.", CUDA_BATCH),
     method("vllm.config:get_current_vllm_config", REST_OPTIONAL, "Drafts of a decode step.", CUDA),
 )  # fmt: skip
 
@@ -154,13 +164,10 @@ PAGES = (
         "The life of blocks follows the scheduler.", BLOCKS),
 )  # fmt: skip
 
-PACKED_CUDA = "attention_backends/zipcache/cuda_backend.py"
 _UTILS = "vllm.v1.attention.backends.fa_utils"
 
 PACKED_CUDA_BACKEND = (
     has(f"{_FLASH}:FlashAttentionImpl", "num_kv_heads", "Heads of a packed page.", PACKED_CUDA),
-    has(f"{_BACKEND}:AttentionCGSupport", "UNIFORM_SINGLE_TOKEN_DECODE",
-        "Steps that only decode run as graphs.", PACKED_CUDA, kind="object"),
     has(f"{_BACKEND}:CommonAttentionMetadata", "max_seq_len", "A batch.", PACKED_CUDA),
     has("vllm.v1.kv_cache_interface:KVCacheLayout", "LBHNC", "Pages are whole for each layer.",
         PACKED_CUDA, kind="object"),
