@@ -41,7 +41,8 @@ class PositionShift:
     """
 
     def __init__(self, rotary: Any) -> None:
-        kind = type(rotary).__name__
+        # What another plug-in has registered in place of a class says in place of which.
+        kind = getattr(type(rotary), "stands_in_for", type(rotary)).__name__
         if kind not in KINDS:
             raise PluginError(
                 "--plugin kvshare",

@@ -33,6 +33,9 @@ def repair_rotary_embedding() -> bool:
     class FlatRotaryEmbedding(RotaryEmbedding):
         """Rotates queries and keys as rows of all heads, whatever form they come in."""
 
+        # For those who tell embeddings apart by their class: the rotation is the same.
+        stands_in_for = RotaryEmbedding
+
         def forward_cpu(
             self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
