@@ -134,6 +134,7 @@ class Reader:
         rank: The worker's number.
         share_memory: Whether data may come through shared memory.
         secret: Of the wire.
+        timeout_s: For what a writer sends.
     """
 
     def __init__(
@@ -145,11 +146,12 @@ class Reader:
         rank: int = 0,
         share_memory: bool = True,
         secret: bytes = SECRET,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         self.caches, self.heads = caches, heads
         self.before = {name: cache.clone() for name, cache in caches.items()}
         self.pages = Pages(caches, BLOCKS, TOKENS, heads, "same")
-        self.connections = PeerConnections(secret, 0.5, TIMEOUT_S)
+        self.connections = PeerConnections(secret, 0.5, timeout_s)
         groups = {name: groups[name] for name in caches}
         self.groups = groups
         self.worker = DecodeWorker(

@@ -128,7 +128,7 @@ def test_aborted_streams_leave_nothing_behind(server):
     wait_until(lambda: is_idle(server))
     # A busy server may notice a hang-up only after the answer is complete.
     ended = server.metric("vllm:request_success_total", finished_reason="length") - finished
-    assert ended <= 6
+    assert ended < 12
     assert len(completion(server, WORDS)) == 12
 
 
