@@ -252,6 +252,7 @@ def test_leases_end_while_the_decoder_is_stuck(tmp_path, tokens):
         assert handover.decode.records[request.request_id].tokens == tokens(request)
 
 
+@pytest.mark.timeout(SOAK_S + 600)
 def test_soak_with_aborts_at_every_state(tmp_path, tokens):
     """Full pools, aborts on both sides at random times, pulls of all durations."""
     draw, start, round_ = random.Random(7), time.monotonic(), 0
