@@ -228,8 +228,10 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker.begin_step(cast(Orders, kv_connector_metadata))
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        """Start this step's pulls, in the background."""
+        """Start this step's pulls, in the background, and leave them the core if that is all."""
         self._worker.start_loads(cast(Orders, self._get_connector_metadata()))
+        if forward_context.attn_metadata is None:
+            self._worker.rest()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing: no layer of a step waits for a pull."""

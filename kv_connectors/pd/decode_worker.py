@@ -86,6 +86,11 @@ class DecodeWorker:
             self._cancel[load.request_id] = cancelled
         self._pool.submit(self._run, load, cancelled)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a prompt is being pulled."""
+        return bool(self._cancel)
+
     def take_finished(self, ended: set[str]) -> tuple[set[str], set[str]]:
         """Return the requests whose pull is over, and those of them that failed.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from typing import TYPE_CHECKING
 
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.vllm_plugins.pd")
 
 GENERATION_BYTES = 8
+# Longer than it takes to move some blocks, and little beside a pull.
+IDLE_STEP_S = 0.001
 MAX_CONNECTIONS = 256
 
 
@@ -138,6 +141,15 @@ class Worker:
         for load in orders.loads:
             assert self._pulling is not None
             self._pulling.start(load)
+
+    def rest(self) -> None:
+        """Sleep in a step that computes nothing, if prompts are being pulled.
+
+        vLLM steps without a pause while a request waits for its KV. On few cores that would keep
+        them, and the interpreter's lock, from the threads that move it.
+        """
+        if self._pulling is not None and self._pulling.is_busy:
+            time.sleep(IDLE_STEP_S)
 
     def layer_computed(self, layer: str) -> None:
         """Let others have the step's KV of a layer."""
