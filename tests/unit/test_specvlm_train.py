@@ -169,8 +169,8 @@ def test_what_cannot_work_is_refused_in_one_line(data, tmp_path, capsys, more, r
     assert reason in refused(capsys)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
-def test_a_device_that_is_not_here_is_refused(data, tmp_path, capsys):
+def test_a_device_that_is_not_here_is_refused(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert train(data, tmp_path, "--device", "cuda") == 2
     assert "--device: no CUDA device is here" in refused(capsys)
 
