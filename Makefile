@@ -5,7 +5,8 @@ VENV := .venv/bin
 PYTEST_LOG := .cache/pytest.log
 
 # Two test files at a time, each in a process of its own: engines of a file are shared within it.
-WORKERS := -n 2 --dist loadfile
+# Their order is of tests/turns.py.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 # Nothing but pip's own cache lies outside the checkout.
 export VLLM_CACHE_ROOT := $(CURDIR)/.cache/vllm

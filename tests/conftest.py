@@ -23,7 +23,19 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-from tests import models  # noqa: E402
+from tests import models, turns  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let whole files go one after another in the order that is least trouble."""
+    items.sort(key=turns.place)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _turn(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let a file with the mark `alone` run beside no other."""
+    with turns.turn(alone=request.node.get_closest_marker("alone") is not None):
+        yield
 
 
 @pytest.fixture(autouse=True)

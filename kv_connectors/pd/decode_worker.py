@@ -69,6 +69,7 @@ class DecodeWorker:
         # Guards what follows.
         self._lock = threading.Lock()
         self._cancel: dict[str, threading.Event] = {}
+        self._one_came = threading.Event()
         self._finished: set[str] = set()
         self._failed: set[str] = set()
         self._received: Counter[str] = Counter()
@@ -91,6 +92,10 @@ class DecodeWorker:
         """Whether a prompt is being pulled."""
         return bool(self._cancel)
 
+    def await_one(self, seconds: float) -> None:
+        """Wait until a pull is over that `take_finished` has yet to return, but not for longer."""
+        self._one_came.wait(seconds)
+
     def take_finished(self, ended: set[str]) -> tuple[set[str], set[str]]:
         """Return the requests whose pull is over, and those of them that failed.
 
@@ -102,6 +107,7 @@ class DecodeWorker:
                 self._cancel[request_id].set()
             results = self._finished, self._failed
             self._finished, self._failed = set(), set()
+            self._one_came.clear()
             return results
 
     def take_counts(self) -> tuple[Counter[str], Counter[str], list[float]]:
@@ -144,6 +150,7 @@ class DecodeWorker:
         with self._lock:
             del self._cancel[load.request_id]
             self._finished.add(load.request_id)
+            self._one_came.set()
             if reason:
                 self._failed.add(load.request_id)
                 self._failures[reason] += 1

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.vllm_plugins.pd")
 
 GENERATION_BYTES = 8
-# Longer than it takes to move some blocks, and little beside a pull.
-IDLE_STEP_S = 0.001
+# Longest pause of steps that compute nothing, for which a new request may have to wait.
+IDLE_STEP_S = 0.002
 MAX_CONNECTIONS = 256
 
 
@@ -143,12 +143,15 @@ class Worker:
             self._pulling.start(load)
 
     def rest(self) -> None:
-        """Sleep in a step that computes nothing, if prompts are being pulled.
+        """Wait in a step that computes nothing, if prompts are being pulled, or kept for others.
 
-        vLLM steps without a pause while a request waits for its KV. On few cores that would keep
-        them, and the interpreter's lock, from the threads that move it.
+        vLLM steps without a pause while a request waits for its KV or keeps it. On few cores that
+        would take them from the threads that move it and from the API server, which hears of each
+        step.
         """
         if self._pulling is not None and self._pulling.is_busy:
+            self._pulling.await_one(IDLE_STEP_S)
+        elif self._serving is not None and len(self._serving.outbox):
             time.sleep(IDLE_STEP_S)
 
     def layer_computed(self, layer: str) -> None:

@@ -12,7 +12,7 @@ from tests import models
 from tests.pd_servers import Pair, instances, prompt
 from vllm_plugins.kv_connectors.pd.reference import KEY
 
-pytestmark = pytest.mark.serve
+pytestmark = [pytest.mark.serve, pytest.mark.alone]
 
 # Two ranks wait for work without sleeping, so that on two cores a peer may get none for long.
 PLUGIN = (

@@ -9,7 +9,7 @@ import pytest
 
 from tests.pd_servers import Pair, instances, prompt, router
 
-pytestmark = pytest.mark.serve
+pytestmark = [pytest.mark.serve, pytest.mark.alone]
 LONGEST_SWITCH_S = 2.0
 
 

@@ -1,4 +1,4 @@
-"""Steps that compute nothing leave the core to the threads that move KV."""
+"""Steps that compute nothing leave the core to the threads that move KV, and to the API server."""
 
 from types import SimpleNamespace
 
@@ -7,14 +7,22 @@ import pytest
 from vllm_plugins.kv_connectors.pd import worker
 
 
+class Pulling(SimpleNamespace):
+    def await_one(self, seconds):
+        self.rests.append(seconds)
+
+
 @pytest.mark.parametrize(
-    ("pulling", "rests"),
-    [(SimpleNamespace(is_busy=True), 1), (SimpleNamespace(is_busy=False), 0), (None, 0)],
-)
-def test_it_rests_only_while_a_prompt_is_pulled(monkeypatch, pulling, rests):
-    slept = []
-    monkeypatch.setattr(worker.time, "sleep", slept.append)
+    ("pulls", "keeps", "rests"),
+    [(True, 0, 1), (True, 1, 1), (False, 1, 1), (None, 1, 1), (False, 0, 0), (None, 0, 0),
+     (True, None, 1), (False, None, 0)],
+)  # fmt: skip
+def test_it_rests_only_while_a_prompt_is_pulled_or_kept(monkeypatch, pulls, keeps, rests):
+    """None: the instance does not pull, or does not keep any, at all."""
+    rested = []
+    monkeypatch.setattr(worker.time, "sleep", rested.append)
     made = object.__new__(worker.Worker)
-    made._pulling = pulling
+    made._pulling = None if pulls is None else Pulling(is_busy=pulls, rests=rested)
+    made._serving = None if keeps is None else SimpleNamespace(outbox=[None] * keeps)
     made.rest()
-    assert slept == [worker.IDLE_STEP_S] * rests
+    assert rested == [worker.IDLE_STEP_S] * rests

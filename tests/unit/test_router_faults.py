@@ -247,6 +247,7 @@ async def test_a_request_has_a_time_limit(stage: str) -> None:
         hanging.faults.append(Fault("hang"))
         error = await error_of(router, BODY, 504)
         assert error["message"] == "no complete answer within 0.15 s"
+        await hanging.left.acquire()
         assert hanging.cancelled == 1
         if stage == "decode":
             await released(router, 1)

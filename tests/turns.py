@@ -1,0 +1,33 @@
+"""Which test files run beside each other where pytest-xdist runs several."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent
+# Two files, so that who waits to be alone is not overtaken: nobody enters while it holds the first.
+LOCKS = FOLDER.parent / ".cache"
+# Unit tests have short deadlines and go beside each other; servers keep all cores busy.
+ORDER = ("unit", "alone", "serve", "engine")
+
+
+def place(item: pytest.Item) -> int:
+    """Return where a test's file comes, by its folder or its mark."""
+    if item.get_closest_marker("alone"):
+        return ORDER.index("alone")
+    folder = item.path.relative_to(FOLDER).parts[0]
+    return ORDER.index(folder) if folder in ORDER else len(ORDER)
+
+
+@contextmanager
+def turn(*, alone: bool) -> Iterator[None]:
+    """Take the machine, beside others or, once they have ended, alone."""
+    LOCKS.mkdir(exist_ok=True)
+    with (LOCKS / "tests.door").open("w") as door, (LOCKS / "tests.room").open("w") as room:
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        yield
