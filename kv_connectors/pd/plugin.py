@@ -117,8 +117,6 @@ class PdOptions(ListenerOptions):
                 f"lease_s={self.lease_s:g}, or one late renewal loses the lease"
             )
         self.check_reach("bind_host", "advertise_host")
-        if self.allow_remote and self.secret_file is None:
-            raise ValueError("allow_remote=true needs secret_file, which all instances share")
         if self.bind_host in WILDCARDS and self.advertise_host is None:
             raise ValueError(
                 f"bind_host={self.bind_host} is no address to connect to; set advertise_host"

@@ -51,7 +51,11 @@ def refusal(text: str) -> str:
         ("role=encode,bind_host=10.0.0.1", "bind_host=10.0.0.1 needs allow_remote=true"),
         (
             "role=encode,bind_host=10.0.0.1,allow_remote=true",
-            "bind_host=10.0.0.1 needs secret_file: the default is local",
+            "allow_remote=true needs secret_file, which all servers share",
+        ),
+        (
+            "role=prefill,allow_remote=true",
+            "allow_remote=true needs secret_file, which all servers share",
         ),
         ("role=encode,bind_host=gpu7", "bind_host=gpu7 is not an IP address"),
     ],

@@ -14,7 +14,7 @@ from vllm_plugins.wire.options import ListenerOptions
     [
         ({"bind_host": "10.0.0.1"}, "bind_host=10.0.0.1 needs allow_remote=true"),
         ({"advertise_host": "gpu7"}, "advertise_host=gpu7 needs allow_remote=true"),
-        ({"allow_remote": True}, "allow_remote=true needs secret_file, which all instances share"),
+        ({"allow_remote": True}, "allow_remote=true needs secret_file, which all servers share"),
         (
             {"bind_host": "0.0.0.0", "allow_remote": True, "secret_file": "s"},
             "bind_host=0.0.0.0 is no address to connect to; set advertise_host",

@@ -37,15 +37,18 @@ class ListenerOptions(Options):
         cls.model_rebuild(force=True)
 
     def check_reach(self, *names: str) -> None:
-        """Refuse hosts beyond this one where the operator did not allow them.
+        """Refuse hosts beyond this one where the operator did not allow them, or has no secret.
 
         Args:
             names: Of the options that hold a host, or None.
 
         Raises:
-            ValueError: One is not loopback, and ``allow_remote`` is off.
+            ValueError: One is not loopback, and ``allow_remote`` is off; or it is on, and servers
+                would prove to each other the secret that only this host knows.
         """
         for name in names:
             host = getattr(self, name)
             if host is not None and not self.allow_remote and not is_loopback(host):
                 raise ValueError(f"{name}={host} needs allow_remote=true")
+        if self.allow_remote and self.secret_file is None:
+            raise ValueError("allow_remote=true needs secret_file, which all servers share")
