@@ -1,6 +1,7 @@
 """Which test files run beside each other where pytest-xdist runs several."""
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 FOLDER = Path(__file__).resolve().parent
 # Two files, so that who waits to be alone is not overtaken: nobody enters while it holds the first.
 LOCKS = FOLDER.parent / ".cache"
+# Set while this process has its turn, which the pytest that a test starts shares.
+TAKEN = "VLLM_PLUGINS_TEST_TURN"
 # Unit tests have short deadlines and go beside each other; servers keep all cores busy.
 ORDER = ("unit", "alone", "serve", "engine")
 
@@ -25,9 +28,16 @@ def place(item: pytest.Item) -> int:
 @contextmanager
 def turn(*, alone: bool) -> Iterator[None]:
     """Take the machine, beside others or, once they have ended, alone."""
+    if TAKEN in os.environ:
+        yield
+        return
     LOCKS.mkdir(exist_ok=True)
     with (LOCKS / "tests.door").open("w") as door, (LOCKS / "tests.room").open("w") as room:
         fcntl.flock(door, fcntl.LOCK_EX)
         fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(door, fcntl.LOCK_UN)
-        yield
+        os.environ[TAKEN] = "1"
+        try:
+            yield
+        finally:
+            del os.environ[TAKEN]

@@ -10,19 +10,19 @@ What a batch's rows are told is found in `cuda_batch`.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import (
-    FlashAttentionBackend,
     FlashAttentionImpl,
     FlashAttentionMetadata,
     FlashAttentionMetadataBuilder,
 )
 
+from vllm_plugins.attention_backends.cuda import CausalCudaBackend
 from vllm_plugins.attention_backends.hip.cuda_batch import (
     DevicePlanner,
     SparseRows,
@@ -35,17 +35,9 @@ from vllm_plugins.attention_backends.hip.triton_kernels.blocks import Batch
 from vllm_plugins.attention_backends.hip.triton_kernels.decode import num_splits
 from vllm_plugins.attention_backends.hip.worker import SparseLayer
 
-if TYPE_CHECKING:
-    pass
 
-
-class HipCudaBackend(FlashAttentionBackend):
-    """Is vLLM's ``CUSTOM`` attention backend."""
-
-    @staticmethod
-    def get_name() -> str:
-        """Return vLLM's name for backends from outside."""
-        return "CUSTOM"
+class HipCudaBackend(CausalCudaBackend):
+    """FlashAttention, with sparse layers."""
 
     @staticmethod
     def get_impl_cls() -> type[HipCudaImpl]:
@@ -56,26 +48,6 @@ class HipCudaBackend(FlashAttentionBackend):
     def get_builder_cls() -> type[HipCudaMetadataBuilder]:
         """Return what describes a batch to the layers."""
         return HipCudaMetadataBuilder
-
-    @classmethod
-    def supports_non_causal(cls) -> bool:
-        """Selections are causal."""
-        return False
-
-    @classmethod
-    def supports_mm_prefix(cls) -> bool:
-        """Selections are causal."""
-        return False
-
-    @classmethod
-    def supports_rswa(cls) -> bool:
-        """Selections know one window."""
-        return False
-
-    @classmethod
-    def supports_batch_invariance(cls) -> bool:
-        """The stock kernel's settings for it are not tested with sparse rows."""
-        return False
 
 
 @dataclass

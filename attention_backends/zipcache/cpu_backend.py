@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
-from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_plugins.attention_backends.zipcache import cpu_kernels, torch_kernels
 from vllm_plugins.attention_backends.zipcache.batch import Batch, LayerMemory, Seals
 from vllm_plugins.attention_backends.zipcache.blocks import BlockLife, Part
-from vllm_plugins.attention_backends.zipcache.page import BLOCK_SIZES, PageFormat
+from vllm_plugins.attention_backends.zipcache.packed import PackedPages, packed_backend
 from vllm_plugins.attention_backends.zipcache.worker import PackedLayer
 
 
@@ -33,39 +30,13 @@ class ZipCacheCpuBackend(CPUAttentionBackend):
         return False
 
 
-class PackedCpuBackend(ZipCacheCpuBackend):
-    """The backend of packed layers; `packed_backend` makes it for an engine's options."""
-
-    # Keys and values of a batch are attended to as they came, so both are one call.
-    forward_includes_kv_cache_update: bool = True
-    bits: ClassVar[str]
-    salient_ratio: ClassVar[float]
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        """Return the sizes of blocks: a page is never cut into smaller ones."""
-        return list(BLOCK_SIZES)
-
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Let the cache be made of packed pages, so that it holds more blocks."""
-        page = PageFormat.of(spec.block_size, spec.head_size, cls.bits, cls.salient_ratio)
-        return dataclasses.replace(spec, dtype=torch.uint8, state_content_bytes=page.token_bytes)
+class PackedCpuBackend(PackedPages, ZipCacheCpuBackend):
+    """The backend of packed layers."""
 
     @staticmethod
     def get_builder_cls() -> type[ZipCacheCpuMetadataBuilder]:
         """Return what describes a batch to the layers."""
         return ZipCacheCpuMetadataBuilder
-
-
-@functools.cache
-def packed_backend(bits: str, salient_ratio: float) -> type[PackedCpuBackend]:
-    """Return the backend whose pages have the format of the plug-in's options.
-
-    vLLM asks the class, not the layer, for the size of pages.
-    """
-    name = f"PackedCpuBackend[{bits},{salient_ratio:g}]"
-    return type(name, (PackedCpuBackend,), {"bits": bits, "salient_ratio": salient_ratio})
 
 
 @dataclass(frozen=True)
@@ -137,9 +108,9 @@ class ZipCacheCpuImpl(PackedLayer, CPUAttentionBackendImpl):
         self.memory = memory
 
     @staticmethod
-    def backend(bits: str, salient_ratio: float) -> type[PackedCpuBackend]:
+    def backend(bits: str, salient_ratio: float) -> type[PackedPages]:
         """Return the backend that asks vLLM for such pages."""
-        return packed_backend(bits, salient_ratio)
+        return packed_backend(PackedCpuBackend, bits, salient_ratio)
 
     def use_cache(self, kv_cache: torch.Tensor) -> None:
         """Take the layer's pages, uint8, shape (blocks, kv heads, N, bytes of a token)."""

@@ -9,9 +9,8 @@ replays find each step's lengths and states where they were.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.v1.attention.backend import (
@@ -19,13 +18,14 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
-from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from vllm_plugins.attention_backends.cuda import CausalCudaBackend
 from vllm_plugins.attention_backends.zipcache.batch import RAW, LayerMemory, Seals
 from vllm_plugins.attention_backends.zipcache.block_tables import BlockTables, to_device
 from vllm_plugins.attention_backends.zipcache.blocks import BlockLife
-from vllm_plugins.attention_backends.zipcache.page import BLOCK_SIZES, PageFormat
+from vllm_plugins.attention_backends.zipcache.packed import PackedPages, packed_backend
 from vllm_plugins.attention_backends.zipcache.triton_kernels import ops
 from vllm_plugins.attention_backends.zipcache.triton_kernels.batches import DeviceBatch, Workspace
 from vllm_plugins.attention_backends.zipcache.triton_kernels.decode import num_splits
@@ -39,13 +39,8 @@ if TYPE_CHECKING:
     from vllm.platforms.interface import DeviceCapability
 
 
-class ZipCacheCudaBackend(FlashAttentionBackend):
-    """Is vLLM's ``CUSTOM`` attention backend: the stock one, until a layer is packed."""
-
-    @staticmethod
-    def get_name() -> str:
-        """Return vLLM's name for backends from outside."""
-        return "CUSTOM"
+class ZipCacheCudaBackend(CausalCudaBackend):
+    """FlashAttention, until a layer is packed."""
 
     @staticmethod
     def get_impl_cls() -> type[ZipCacheCudaImpl]:
@@ -58,69 +53,23 @@ class ZipCacheCudaBackend(FlashAttentionBackend):
         return capability.major >= 8
 
     @classmethod
-    def supports_non_causal(cls) -> bool:
-        """Blocks are sealed in the order of their tokens."""
-        return False
-
-    @classmethod
-    def supports_mm_prefix(cls) -> bool:
-        """Attention is causal."""
-        return False
-
-    @classmethod
-    def supports_rswa(cls) -> bool:
-        """Attention is to the whole sequence."""
-        return False
-
-    @classmethod
     def supports_kv_connector(cls) -> bool:
         """Blocks that are not sealed yet lie where a connector does not look."""
         return False
 
-    @classmethod
-    def supports_batch_invariance(cls) -> bool:
-        """The kernels' settings for it are not tested."""
-        return False
 
-
-class PackedCudaBackend(ZipCacheCudaBackend):
-    """The backend of packed layers; `packed_backend` makes it for an engine's options."""
-
-    # Keys and values of a batch are attended to as they came, so both are one call.
-    forward_includes_kv_cache_update: bool = True
-    bits: ClassVar[str]
-    salient_ratio: ClassVar[float]
-
-    @classmethod
-    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
-        """Return the sizes of blocks: a page is never cut into smaller ones."""
-        return list(BLOCK_SIZES)
+class PackedCudaBackend(PackedPages, ZipCacheCudaBackend):
+    """The backend of packed layers."""
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """Return the layout in which a KV head's page is one record of bytes."""
         return (KVCacheLayout.LBHNC,)
 
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Let the cache be made of packed pages, so that it holds more blocks."""
-        page = PageFormat.of(spec.block_size, spec.head_size, cls.bits, cls.salient_ratio)
-        return dataclasses.replace(spec, dtype=torch.uint8, state_content_bytes=page.token_bytes)
-
     @staticmethod
     def get_builder_cls() -> type[Any]:
         """Return what describes a batch to the layers."""
         return ZipCacheCudaMetadataBuilder
-
-
-@functools.cache
-def packed_backend(bits: str, salient_ratio: float) -> type[PackedCudaBackend]:
-    """Return the backend whose pages have the format of the plug-in's options.
-
-    vLLM asks the class, not the layer, for the size of pages.
-    """
-    name = f"PackedCudaBackend[{bits},{salient_ratio:g}]"
-    return type(name, (PackedCudaBackend,), {"bits": bits, "salient_ratio": salient_ratio})
 
 
 @dataclass(frozen=True)
@@ -247,9 +196,9 @@ class ZipCacheCudaImpl(PackedLayer, FlashAttentionImpl):
         return BlockTables(num_blocks, config.scheduler_config.max_num_batched_tokens, device)
 
     @staticmethod
-    def backend(bits: str, salient_ratio: float) -> type[PackedCudaBackend]:
+    def backend(bits: str, salient_ratio: float) -> type[PackedPages]:
         """Return the backend that asks vLLM for such pages."""
-        return packed_backend(bits, salient_ratio)
+        return packed_backend(PackedCudaBackend, bits, salient_ratio)
 
     def use_cache(self, kv_cache: torch.Tensor) -> None:
         """Take the layer's pages, uint8, shape (blocks, kv heads, N, bytes of a token)."""

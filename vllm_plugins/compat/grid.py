@@ -37,13 +37,18 @@ found, and why it is needed; a request that failed leaves its server's log in
 """
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    """Return the grid: ``yes``, ``no``, ``refused``, or the vLLM that a plug-in needs instead."""
+def table(outcomes: Sequence[Outcome], *, pairs: bool = True) -> str:
+    """Return the grid: ``yes``, ``no``, ``refused``, or the vLLM that a plug-in needs instead.
+
+    Args:
+        outcomes: What was found, by version.
+        pairs: Whether pairs of plug-ins have rows too.
+    """
     rows = [["", *(outcome.version for outcome in outcomes)], ["---"] * (len(outcomes) + 1)]
     rows.append(["contracts", *(_cell(outcome.contracts) for outcome in outcomes)])
     for name in _names(outcomes):
         rows.append([f"`{name}`", *(_plugin_cell(outcome, name) for outcome in outcomes)])
-    for key in sorted({key for outcome in outcomes for key in outcome.pairs}):
+    for key in sorted({key for outcome in outcomes for key in outcome.pairs if pairs}):
         rows.append([key, *(_pair_cell(outcome, key) for outcome in outcomes)])
     rows.append(["Python", *(outcome.python for outcome in outcomes)])
     rows.append(["torch", *(outcome.torch for outcome in outcomes)])
@@ -97,12 +102,12 @@ def _failures(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def with_table(readme: str, outcomes: Sequence[Outcome]) -> str:
-    """Return the README with the grid between its markers; unchanged where it has none."""
+    """Return the README with the plug-ins' grid between its markers; unchanged without them."""
     if BEGIN not in readme or END not in readme:
         return readme
     before, rest = readme.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
-    return f"{before}{BEGIN}\n{table(outcomes)}{END}{after}"
+    return f"{before}{BEGIN}\n{table(outcomes, pairs=False)}{END}{after}"
 
 
 def without_dates(text: str) -> str:
