@@ -31,16 +31,16 @@ QUESTIONS = 8
 
 @dataclass(frozen=True)
 class Case:
-    """A stored prompt, and what is asked about a later one.
+    """Stored prompts, and what is asked about a later one.
 
     Attributes:
-        stored: Token ids of the first request.
+        stored: Token ids of each of the first requests.
         asked: Token ids of the later requests, each with a question at its end.
         answers: The right answers.
         hops: Documents that each answer needs.
     """
 
-    stored: list[int]
+    stored: list[list[int]]
     asked: list[list[int]]
     answers: list[int]
     hops: list[int]
@@ -58,7 +58,7 @@ def make_cases(count: int, seed: int) -> list[Case]:
         asked = rng.sample(later.questions, min(QUESTIONS, len(later.questions)))
         cases.append(
             Case(
-                prompt.ids,
+                [prompt.ids],
                 [[*later.ids, *question.tokens] for question in asked],
                 [question.answer for question in asked],
                 [question.hops for question in asked],
@@ -77,7 +77,7 @@ def measure(cases: Sequence[Case], *plugins: str) -> dict[str, Any]:
     with engine(READER, *plugins, block_size=32, max_model_len=2048) as llm:
         for case in cases:
             if plugins:
-                generate(llm, [case.stored], 1)
+                generate(llm, case.stored, 1)
             outputs = generate(llm, case.asked, 1, extra_args=quiet)
             for output, answer, hops in zip(outputs, case.answers, case.hops, strict=True):
                 right[hops].append(output.outputs[0].token_ids[0] == answer)

@@ -12,7 +12,7 @@ FOLDER = Path(__file__).resolve().parent
 # Two files, so that who waits to be alone is not overtaken: nobody enters while it holds the first.
 LOCKS = FOLDER.parent / ".cache"
 # Set while this process has its turn, which the pytest that a test starts shares.
-TAKEN = "VLLM_PLUGINS_TEST_TURN"
+TAKEN = "TEST_TURN_TAKEN"
 # Unit tests have short deadlines and go beside each other; servers keep all cores busy.
 ORDER = ("unit", "alone", "serve", "engine")
 

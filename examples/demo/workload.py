@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ CHAT_TOKENS = 160
 LONG_TOKENS = 48
 # The running chats are well under way when the long prompt arrives.
 TOKENS_BEFORE_LONG = 12
+STRETCH = 16
 TEXT = Path(__file__).resolve().parent.parent.parent / "LICENSE"
 # Prompt lengths, in tokens, that a server sees before anything is measured.
 WARM_UP = (32, 64, 128, 256, 400)
@@ -59,6 +61,19 @@ class Run:
     def gaps(self) -> list[float]:
         """Time between tokens of every running chat, in seconds."""
         return [gap for answer in self.chats for gap in answer.gaps]
+
+    @property
+    def step_s(self) -> float:
+        """An undisturbed decode step, in seconds: the median over stretches of tokens.
+
+        A client that has no core for a while finds several tokens at once, without gaps.
+        """
+        steps = [
+            (later - earlier) / STRETCH
+            for answer in self.chats
+            for earlier, later in zip(answer.tokens_at, answer.tokens_at[STRETCH:], strict=False)
+        ]
+        return statistics.median(steps)
 
     @property
     def answers(self) -> list[Answer]:
