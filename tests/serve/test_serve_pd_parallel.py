@@ -14,11 +14,7 @@ from vllm_plugins.kv_connectors.pd.reference import KEY
 
 pytestmark = [pytest.mark.serve, pytest.mark.alone]
 
-# Two ranks wait for work without sleeping, so that on two cores a peer may get none for long.
-PLUGIN = (
-    "--plugin",
-    "pd:role=both,min_pull_tokens=1,stream_layers=true,lease_s=30,read_timeout_s=90",
-)
+PLUGIN = ("--plugin", "pd:role=both,min_pull_tokens=1,stream_layers=true,lease_s=30")
 
 
 @pytest.fixture(scope="module")

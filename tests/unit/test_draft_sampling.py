@@ -29,7 +29,7 @@ def test_vllm_samples_with_each_requests_temperature_afterwards():
     from vllm.platforms import current_platform
 
     if current_platform.device_type != "cpu":
-        pytest.skip("vLLM registers this kernel on its CPU platform alone")
+        pytest.skip("only vLLM's CpuPlatform has kernel overrides to repair")
     current_platform.register_triton_kernel_overrides()
     assert repair_draft_sampling()
     assert not repair_draft_sampling()

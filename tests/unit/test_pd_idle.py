@@ -1,9 +1,11 @@
 """Steps that compute nothing leave the core to the threads that move KV, and to the API server."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
 
+from tests.pd_problem import ALL_HEADS, MODEL, OLD, PROMPT, Reader, Writer, part
 from vllm_plugins.kv_connectors.pd import worker
 
 
@@ -26,3 +28,18 @@ def test_it_rests_only_while_a_prompt_is_pulled_or_kept(monkeypatch, pulls, keep
     made._serving = None if keeps is None else SimpleNamespace(outbox=[None] * keeps)
     made.rest()
     assert rested == [worker.IDLE_STEP_S] * rests
+
+
+def test_the_end_of_a_pull_ends_the_rest(ends):
+    writer, reader = Writer(part(MODEL, ALL_HEADS)), Reader(part(OLD, ALL_HEADS))
+    ends += [writer, reader]
+    writer.hold(PROMPT)
+    reader.pull(PROMPT, peers=[writer.peer()])
+    start = time.monotonic()
+    reader.worker.await_one(60.0)
+    assert time.monotonic() - start < 30
+    assert reader.wait(1) == set()
+    # What was returned does not keep a later step from resting.
+    start = time.monotonic()
+    reader.worker.await_one(0.05)
+    assert time.monotonic() - start >= 0.05
