@@ -99,10 +99,6 @@ def measure(cases: Sequence[Case], *plugins: str) -> dict[str, Any]:
 def settings() -> dict[str, tuple[str, float | None, str]]:
     """Return what is compared: by label the rule, its share and the plug-in's text."""
     found: dict[str, tuple[str, float | None, str]] = {}
-    for ratio in (0.05, 0.10, 0.15, 0.30):
-        text = BASE.format(links=0, selector="dhd")
-        share = f",recompute_min=0,recompute_max={ratio}"
-        found[f"dhd no links {ratio:.0%}"] = ("dhd without links", ratio, text + share)
     for selector in ("dhd", "cacheblend", "random"):
         for ratio in RATIOS:
             text = BASE.format(links=16, selector=selector)
@@ -120,7 +116,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4.5))
-    for selector in ("dhd", "dhd without links", "cacheblend", "epic", "random"):
+    for selector in ("dhd", "cacheblend", "epic", "random"):
         rows = [r for r in result["settings"].values() if r["selector"] == selector]
         shares = [100 * r["recomputed_share"] for r in rows]
         axis.plot(shares, [100 * r["two_documents"] for r in rows], marker="o", label=selector)

@@ -4,8 +4,9 @@
 
 `kvshare_accuracy.py` asks one kind of later prompt: every document was stored, and every document
 that others refer to has changed. Here the order, the share that has changed, and where the
-documents were stored differ, at one budget. What a rule spends is beside what it answers: a rule
-that knows how much deviates need not spend the budget where nothing does.
+documents were stored differ. What a rule spends is beside what it answers: DHD's is conditional and
+stays below its limit where less deviates. CacheBlend's spends all of its budget, so it is here with
+that limit, and with about what DHD spends over all mixes.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ from kvshare_accuracy import BASE, QUESTIONS, Case, measure
 from reader_data import Document, Prompt, in_order, make_prompt
 
 BUDGET = 0.10
+# What `dhd` was seen to spend on average over the mixes of another seed.
+AVERAGE = 0.03
 RULES = {
     "nothing recomputed": BASE.format(links=0, selector="dhd") + ",recompute_min=0,recompute_max=0",
     **{
         rule: BASE.format(links=16, selector=rule) + f",recompute_min=0,recompute_max={BUDGET}"
         for rule in ("dhd", "cacheblend", "random")
     },
+    "cacheblend 3%": BASE.format(links=0, selector="cacheblend")
+    + f",recompute_min=0,recompute_max={AVERAGE}",
     "epic": BASE.format(links=4, selector="epic") + ",recompute_min=0,recompute_max=0.3",
 }
 
@@ -108,7 +113,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=13)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    result: dict[str, Any] = {"budget": BUDGET, "mixes": {}}
+    result: dict[str, Any] = {"budget": BUDGET, "average": AVERAGE, "mixes": {}}
     for mix in MIXES:
         cases = make_cases(mix, args.prompts, args.seed)
         rows = result["mixes"][mix] = {"full prefill": measure(cases)}

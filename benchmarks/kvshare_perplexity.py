@@ -19,13 +19,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from in_process import engine, write
+from in_process import counted, engine, write
 
 MODULES = ("argparse", "ast", "configparser", "datetime", "decimal", "difflib", "doctest",
            "fractions", "inspect", "ipaddress", "mailbox", "optparse", "pathlib", "pickle",
            "shutil", "statistics", "subprocess", "tarfile", "textwrap", "typing")  # fmt: skip
+COUNTERS = ("kvshare_recomputed_tokens_total", "kvshare_reused_tokens_total")
 PIECES, PIECE, FOLLOWING = 4, 200, 64
 BASE = "kvshare:min_run=32,recompute_min=0,recompute_max={most}"
 VARIANTS = {
@@ -99,8 +102,10 @@ def passages(model: Path, count: int) -> list[Passage]:
     return made
 
 
-def log_likelihoods(model: Path, texts: Sequence[Passage], plugin: str | None) -> tuple[float, ...]:
-    """Return the mean log likelihood of each following token, per passage, and the cached share."""
+def log_likelihoods(
+    model: Path, texts: Sequence[Passage], plugin: str | None
+) -> tuple[np.ndarray, float]:
+    """Return the mean log likelihood of a following token, per passage, and the cached share."""
     from vllm import SamplingParams
 
     totals, cached, length = [], 0, 0
@@ -128,7 +133,18 @@ def log_likelihoods(model: Path, texts: Sequence[Passage], plugin: str | None) -
             )
             cached += out.num_cached_tokens or 0
             length += len(text.prompt)
-    return (sum(totals) / (len(totals) * FOLLOWING), cached / length)
+    return np.array(totals) / FOLLOWING, cached / length
+
+
+def ratio_of_perplexities(full: np.ndarray, blended: np.ndarray) -> dict[str, Any]:
+    """Return the ratio over all passages, and where it would lie in 95 of 100 other draws of them.
+
+    Passages are pairs, so they are drawn with both of their likelihoods (bootstrap).
+    """
+    lost = full - blended
+    drawn = np.random.default_rng(0).integers(0, len(lost), (10_000, len(lost)))
+    low, high = np.exp(np.quantile(lost[drawn].mean(1), (0.025, 0.975)))
+    return {"ratio": float(np.exp(lost.mean())), "interval_95": [float(low), float(high)]}
 
 
 def main() -> int:
@@ -140,13 +156,16 @@ def main() -> int:
     args = parser.parse_args()
     texts = passages(args.model, args.passages)
     full, _ = log_likelihoods(args.model, texts, None)
-    print(f"full prefill: perplexity {math.exp(-full):.3f}", flush=True)
-    result: dict[str, Any] = {"full_prefill": math.exp(-full), "variants": {}}
+    result: dict[str, Any] = {"full_prefill": math.exp(-full.mean()), "variants": {}}
+    print(f"full prefill: perplexity {result['full_prefill']:.3f}", flush=True)
     for name, plugin in VARIANTS.items():
-        mean, cached = log_likelihoods(args.model, texts, plugin)
-        row = {"plugin": plugin, "perplexity": math.exp(-mean), "ratio": math.exp(full - mean)}
-        result["variants"][name] = {**row, "cached_share": cached}
-        print(f"{name}: ratio {row['ratio']:.4f}, cached {cached:.2f}", flush=True)
+        before = [counted(counter) for counter in COUNTERS]
+        blended, cached = log_likelihoods(args.model, texts, plugin)
+        recomputed, reused = (counted(c) - b for c, b in zip(COUNTERS, before, strict=True))
+        row = ratio_of_perplexities(full, blended)
+        shares = {"cached_share": cached, "recomputed_share": recomputed / reused}
+        result["variants"][name] = {"plugin": plugin, **row, **shares}
+        print(f"{name}: {row}, {shares}", flush=True)
     write(args.out, result)
     return 0
 

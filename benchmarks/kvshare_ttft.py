@@ -2,15 +2,17 @@
 
     python benchmarks/kvshare_ttft.py MODEL [--lengths 1024 2048 4096] [--out FILE.json]
 
-A prompt is 85 % documents that an earlier prompt held in another order, and 15 % new text. Stock
-vLLM, with prefix caching as by default, finds the first block at most. A second set of prompts has
-nothing in common with anything, to see what the plug-in costs where it cannot help. Stock and
-plug-in take turns, each in an engine of its own, in one run.
+A prompt is 85 % documents that an earlier prompt held in another order, and 15 % new text, so that
+no prefix is shared. A second set of prompts has nothing in common with anything, to see what the
+plug-in costs where it cannot help. The plug-in, stock vLLM, and stock without prefix caching take
+turns, each in an engine of its own, in one run. Beside the time stand the tokens that went through
+each layer, summed over the layers.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -21,11 +23,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from in_process import engine, generate, write
+from in_process import counted, engine, generate, write
 
 SHARED, DOCUMENTS = 0.85, 8
 KINDS = ("shared", "unrelated")
-PLUGIN = "kvshare:recompute_max=0.15"
+STOCK, UNCACHED, PLUGIN = "stock", "stock, no prefix caching", "kvshare:recompute_max=0.15"
+COUNTERS, CHECK_LAYER = ("reused", "gap", "recomputed"), 1
 
 
 def prompts(length: int, seed: int, vocab: int) -> tuple[list[int], list[int], list[int]]:
@@ -40,32 +43,65 @@ def prompts(length: int, seed: int, vocab: int) -> tuple[list[int], list[int], l
     return earlier, later, rng.integers(0, vocab, length).tolist()
 
 
-def first_token_seconds(llm: Any, prompt: list[int]) -> float:
-    """Return the CPU time until a prompt's first token.
+def first_token(llm: Any, prompt: list[int]) -> dict[str, float]:
+    """Return the CPU time until a prompt's first token, and how many tokens its layers computed.
 
     The engine runs in this process, so that on one thread this is the time that it takes on an idle
     core; what else runs on the machine hardly shows.
     """
+    before = {name: counted(f"kvshare_{name}_tokens_total") for name in COUNTERS}
     began = time.process_time()
-    generate(llm, [prompt], 1, ignore_eos=True)
-    return time.process_time() - began
+    [output] = generate(llm, [prompt], 1, ignore_eos=True)
+    spent = time.process_time() - began
+    found = {name: counted(f"kvshare_{name}_tokens_total") - n for name, n in before.items()}
+    layers = llm.llm_engine.model_config.get_total_num_hidden_layers()
+    tokens = layers * (len(prompt) - (output.num_cached_tokens or 0))
+    if found["reused"]:
+        again = found["recomputed"] + found["gap"]
+        tokens += (CHECK_LAYER + 1) * (found["reused"] + found["gap"])
+        tokens += (layers - CHECK_LAYER - 1) * again
+    return {"cpu_s": spent, "layer_tokens": tokens}
 
 
-def measure(args: argparse.Namespace, plugin: str | None, seed: int) -> dict[str, list[float]]:
-    """Return seconds by kind of prompt, one for each length."""
-    found: dict[str, list[float]] = {kind: [] for kind in args.kinds}
-    longest = max(args.lengths)
-    settings = {"max_model_len": longest + 64, "max_num_batched_tokens": 2048, "block_size": 32}
-    with engine(args.model, *([plugin] if plugin else []), **settings) as llm:
+def measure(args: argparse.Namespace, variant: str, seed: int) -> dict[str, list[dict[str, float]]]:
+    """Return what each kind of prompt took, one entry for each length."""
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in args.kinds}
+    settings: dict[str, Any] = {
+        "max_model_len": max(args.lengths) + 64,
+        "max_num_batched_tokens": 2048,
+        "block_size": 32,
+        "enable_prefix_caching": variant != UNCACHED,
+    }
+    plugins = () if variant in (STOCK, UNCACHED) else (variant,)
+    with engine(args.model, *plugins, **settings) as llm:
         vocab = llm.llm_engine.model_config.get_vocab_size() - 8
         generate(llm, [list(range(200))], 1)
         for length in args.lengths:
             earlier, later, unrelated = prompts(length, seed, vocab)
-            if plugin and "shared" in args.kinds:
+            if plugins and "shared" in args.kinds:
                 generate(llm, [earlier], 1)
             for kind, prompt in (("shared", later), ("unrelated", unrelated)):
                 if kind in args.kinds:
-                    found[kind].append(first_token_seconds(llm, prompt))
+                    found[kind].append(first_token(llm, prompt))
+    return found
+
+
+def compare(rounds: list[Any], variants: list[str], kind: str, place: int) -> dict[str, Any]:
+    """Return the medians of one kind and length, and the ratios of the pairs."""
+    rows = {v: [row[v][kind][place] for row in rounds] for v in variants}
+    ours = rows.pop(variants[-1])
+    found: dict[str, Any] = {
+        "kvshare_cpu_s": statistics.median(row["cpu_s"] for row in ours),
+        "layer_tokens_share": statistics.median(
+            o["layer_tokens"] / s["layer_tokens"] for o, s in zip(ours, rows[STOCK], strict=True)
+        ),
+    }
+    for name, theirs in rows.items():
+        ratios = sorted(s["cpu_s"] / o["cpu_s"] for s, o in zip(theirs, ours, strict=True))
+        found[name] = {
+            "cpu_s": statistics.median(row["cpu_s"] for row in theirs),
+            "over_kvshare": {"median": statistics.median(ratios), "all": ratios},
+        }
     return found
 
 
@@ -79,24 +115,17 @@ def main() -> int:
     parser.add_argument("--plugin", default=PLUGIN)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rounds = []
+    rounds, variants = [], [STOCK, UNCACHED, args.plugin]
     for number in range(args.rounds):
-        variants = ["stock", args.plugin] if number % 2 == 0 else [args.plugin, "stock"]
-        row = {v: measure(args, None if v == "stock" else v, number) for v in variants}
-        rounds.append(row)
-        print(row, flush=True)
-    summary = {}
-    for kind in args.kinds:
-        for i, length in enumerate(args.lengths):
-            stock = [row["stock"][kind][i] for row in rounds]
-            ours = [row[args.plugin][kind][i] for row in rounds]
-            ratios = sorted(s / o for s, o in zip(stock, ours, strict=True))
-            summary[f"{kind} {length}"] = {
-                "stock_cpu_s": statistics.median(stock),
-                "kvshare_cpu_s": statistics.median(ours),
-                "stock_over_kvshare": {"median": statistics.median(ratios), "all": ratios},
-            }
-            print(f"{kind:9} {length}: {summary[f'{kind} {length}']}", flush=True)
+        turns = variants if number % 2 == 0 else variants[::-1]
+        rounds.append({variant: measure(args, variant, number) for variant in turns})
+        print(rounds[-1], flush=True)
+    summary = {
+        f"{kind} {length}": compare(rounds, variants, kind, place)
+        for kind in args.kinds
+        for place, length in enumerate(args.lengths)
+    }
+    print(json.dumps(summary, indent=1))
     write(args.out, {"plugin": args.plugin, "summary": summary, "rounds": rounds})
     return 0
 

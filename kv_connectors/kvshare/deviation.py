@@ -1,10 +1,9 @@
 """Which reused tokens are computed again: dual-stage high deviation (DHD), stage 1.
 
-That there is a selector with a condition under which it spends nothing is the paper's (KVShare,
-arXiv 2503.16525, abstract); its formulas could not be read, so the concrete rule is **our guess**,
-built on CacheBlend (deviation of V at a check layer, top-k) and EPIC (the first tokens of each
-reused run). Those two rules, random choice and no choice at all are here too, so that they can be
-compared at equal budgets.
+That the selection is conditional is the paper's (KVShare, arXiv 2503.16525, abstract); its formulas
+could not be read, so the concrete rule is **our guess**, built on CacheBlend (deviation of V at a
+check layer, top-k) and EPIC (the first tokens of each reused run). Those two rules, random choice
+and no choice at all are here too, so that they can be compared at equal budgets.
 """
 
 from __future__ import annotations
@@ -59,7 +58,8 @@ class Budget:
     Attributes:
         least: r_min, share of the reused tokens, in [0, 1].
         most: r_max, likewise.
-        skip_eps: Relative deviation below which nothing but the links is recomputed.
+        skip_eps: Deviation, relative to the values' mean norm, below which a token is as good as
+            new.
         theta: A token deviates highly if d_i exceeds this times the median.
     """
 
@@ -83,18 +83,19 @@ def _highest(deviation: np.ndarray, count: int) -> np.ndarray:
 def dhd(reused: Reused, budget: Budget) -> np.ndarray:
     """Links, and what deviates highly: theta times the median, within r_min and r_max.
 
-    The condition: where the mean deviation is below ``skip_eps`` of the values' mean norm, the
-    stored KV is as good as new and only r_min is spent. Where the candidates are more than r_max,
-    those of them that deviate most are taken; where they are fewer than r_min, others that do.
+    The condition: KV that deviates by less than ``skip_eps`` is as good as new, a link's too, and
+    nothing is spent on it beyond r_min. It is asked of each token, as a mean over the prompt would
+    hide a few facts that changed. Where the candidates are more than r_max, those of them that
+    deviate most are taken; where they are fewer than r_min, others that do.
     """
     least, most = budget.tokens(len(reused.deviation))
     deviation = reused.deviation
-    if deviation.mean() < budget.skip_eps * reused.norm.mean():
-        return _highest(deviation, least)
-    candidates = (deviation > budget.theta * np.median(deviation)) | reused.links
+    stale = deviation >= budget.skip_eps * reused.norm.mean()
+    candidates = stale & ((deviation > budget.theta * np.median(deviation)) | reused.links)
     wanted = min(max(int(candidates.sum()), least), most)
-    ranked = np.where(candidates, deviation + deviation.max() + 1.0, deviation)
-    return _highest(ranked, wanted)
+    mask = np.zeros(len(deviation), bool)
+    mask[np.lexsort((-deviation, ~candidates))[:wanted]] = True
+    return mask
 
 
 def cacheblend(reused: Reused, budget: Budget) -> np.ndarray:

@@ -43,7 +43,15 @@ def test_dhd_spends_the_least_where_nothing_deviates():
     assert chosen("dhd", deviation, budget=none) == []
 
 
-def test_links_are_candidates_whatever_they_deviate():
+def test_what_deviates_is_taken_alone_where_nothing_else_does():
+    deviation = np.full(1000, 1e-7)
+    deviation[::2] = 3e-7
+    deviation[[5, 300]] = 0.2
+    none = Budget(least=0.0, most=0.15, skip_eps=1e-3, theta=2.0)
+    assert chosen("dhd", deviation, links=range(300, 316), budget=none) == [5, 300]
+
+
+def test_links_are_candidates_below_twice_the_median():
     deviation = np.ones(100)
     deviation[50:55] = 9
     assert chosen("dhd", deviation, links=range(10, 16)) == [*range(10, 16), *range(50, 55)]
@@ -68,6 +76,13 @@ def test_the_other_rules_are_those_of_their_methods():
 
 def test_of_equal_deviations_the_earlier_is_taken_on_every_rank():
     assert chosen("cacheblend", np.ones(20)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-4, 1.0, 1e4])
+def test_dhd_takes_the_highest_at_every_scale(scale):
+    deviation = np.random.default_rng(0).permutation(np.arange(1, 1001)) * scale
+    taken = SELECTORS["dhd"](reused(deviation, norm=1e-12), Budget(0.1, 0.1, 1e-3, 2.0))
+    assert set(np.flatnonzero(taken)) == set(np.argsort(-deviation)[:100])
 
 
 @pytest.mark.parametrize("name", ["dhd", "cacheblend", "random"])
