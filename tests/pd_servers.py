@@ -8,11 +8,13 @@ import sys
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests.serving import Served, served
 from vllm_plugins.bench.process import logged_process
@@ -102,6 +104,10 @@ class Pair:
         return {s.labels["reason"]: s.value for s in self.decode.metrics()
                 if s.name == name and s.value}  # fmt: skip
 
+    def await_metric(self, server: Served, name: str, least: float, **labels: str) -> None:
+        """Wait until a metric of pd has reached a value."""
+        until(lambda: server.metric(f"vllm_plugins:pd_{name}", **labels) >= least, 30)
+
     def complaints(self) -> list[str]:
         """Return what the connectors have said in the logs."""
         lines = f"{self.prefill.log}\n{self.decode.log}".splitlines()
@@ -127,6 +133,33 @@ class Pair:
         values = {f"{side} {name}": server.metric(name) for side, server in sides.items()
                   for name in names}  # fmt: skip
         return {name: value for name, value in values.items() if value}
+
+
+def until(true: Callable[[], bool], seconds: float) -> None:
+    """Wait for something that a server does."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def nothing_more(server: Served, seconds: float = 15) -> Iterator[None]:
+    """Check that a server holds no more than before of what it must give back.
+
+    That is: descriptors, processes, and mappings of shared memory, with a name or without.
+    """
+
+    def held() -> tuple[int, int, int]:
+        parent = psutil.Process(server.process.pid)
+        tree = [parent, *parent.children(recursive=True)]
+        maps = "".join(Path(f"/proc/{one.pid}/maps").read_text() for one in tree)
+        shared = maps.count("/dev/shm/") + maps.count("/memfd:")
+        return sum(one.num_fds() for one in tree), len(tree), shared
+
+    before = held()
+    yield
+    until(lambda: all(now <= then for now, then in zip(held(), before, strict=True)), seconds)
 
 
 def through(params: dict[str, Any], address: Address) -> dict[str, Any]:

@@ -91,6 +91,11 @@ class Admission:
         return self._accepted_blocks
 
     @property
+    def ready(self) -> int:
+        """How many requests have their KV here and do not run yet."""
+        return sum(stage is Stage.READY for stage, _ in self._accepted.values())
+
+    @property
     def accepted(self) -> list[str]:
         """The accepted requests that do not run yet."""
         return list(self._accepted)

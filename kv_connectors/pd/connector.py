@@ -30,6 +30,8 @@ from vllm_plugins.settings import enabled_plugins
 from vllm_plugins.wire.secret import load_secret
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     import torch
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+    from vllm_plugins.kv_connectors.pd.admission import Admission
     from vllm_plugins.kv_connectors.pd.geometry import Shard
     from vllm_plugins.kv_connectors.pd.plugin import PdOptions
 
@@ -138,6 +141,16 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
             return None, False
         promised = self._decode.promise(request, num_computed_tokens)
         return promised, bool(promised)
+
+    @property
+    def admission(self) -> Admission:
+        """Where the requests stand whose prompt is taken over."""
+        return self._decode.admission
+
+    def startable(self, waiting: Iterable[Request]) -> Iterator[Request]:
+        """Yield those of the waiting requests that may start their prompt in the next step."""
+        stage = self.admission.stage
+        return self._prefill.startable(one for one in waiting if stage(one.request_id) is None)
 
     def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[int, ...]:
         """All: a request's own blocks are transferred."""
@@ -247,7 +260,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker.layer_computed(layer_name)
 
     def wait_for_save(self) -> None:
-        """Nothing: what is being sent keeps its blocks."""
+        """Wait for nothing, what is being sent keeps its blocks; but see which prompts ended."""
+        self._worker.end_step()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Return what was pulled, from here and to here."""

@@ -105,9 +105,16 @@ class DecodeScheduler:
         return None
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external: int) -> None:
-        """Order a pull into the blocks that vLLM has set aside."""
+        """Order a pull into the blocks that vLLM has set aside.
+
+        vLLM may take nothing of what was promised, as for ``prompt_logprobs``, for which it
+        computes the prompt in any case: the request must not hold those behind it up.
+        """
         name = request.request_id
-        if not num_external or self.admission.stage(name) is not Stage.QUEUED:
+        if self.admission.stage(name) is not Stage.QUEUED:
+            return
+        if not num_external:
+            self._compute_here(name, "unwanted")
             return
         covered, ids = self._covered[name], blocks.get_block_ids()
         parts = [
@@ -177,7 +184,7 @@ class DecodeScheduler:
 
 
 class LeaseKeeper:
-    """Renews leases from a thread of its own.
+    """Renews leases from a thread of its own, which waits for no peer.
 
     Also while a prompt is being pulled: from one worker of several, the others' leases go on.
 
@@ -228,15 +235,13 @@ class LeaseKeeper:
     def _run(self) -> None:
         while not self._stop.wait(self._heartbeat_s):
             with self._lock:
-                watched = {
-                    name: reference
-                    for name, reference in self._watched.items()
-                    if not reference.streams
-                }
-            lost = self._connections.renew(watched.values())
-            with self._lock:
-                self._lost |= {
-                    name
-                    for name, reference in watched.items()
-                    if reference.transfer_id in lost and name in self._watched
-                }
+                kept = [one for one in self._watched.values() if not one.streams]
+            self._connections.renew_later(kept, self._note_lost)
+
+    def _note_lost(self, transfers: set[str]) -> None:
+        with self._lock:
+            self._lost |= {
+                name
+                for name, reference in self._watched.items()
+                if reference.transfer_id in transfers
+            }

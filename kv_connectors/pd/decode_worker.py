@@ -35,6 +35,8 @@ logger = init_logger("vllm.vllm_plugins.pd")
 
 # Prompts that are pulled at a time, so that a slow peer does not hold up another's.
 PARALLEL_PULLS = 4
+# Prefill instances that are remembered; each restart makes another one.
+MAX_PLANS = 256
 
 
 class DecodeWorker:
@@ -166,13 +168,17 @@ class DecodeWorker:
         if plan is None:
             writers = [self._describe(peer) for peer in peers]
             counts = [readers_of(index, self._readers, writers) for index in range(len(peers))]
-            plan = self._plans[peers] = _Plan(
+            plan = _Plan(
                 [
                     _Part(peers[i := pull.writer], writers[i], pull, counts[i])
                     for pull in plan_pulls(self._pages.shard, writers)
                 ],
                 tuple(peer for peer, count in zip(peers, counts, strict=True) if not count),
             )
+            with self._lock:
+                self._plans[peers] = plan
+                if len(self._plans) > MAX_PLANS:
+                    del self._plans[next(iter(self._plans))]
         return plan
 
     def _describe(self, peer: Peer) -> Shard:

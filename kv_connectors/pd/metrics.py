@@ -12,7 +12,7 @@ EXPIRED = MetricSpec(
 SENT = MetricSpec(
     "pd_sent_bytes_total",
     "counter",
-    "Bytes of KV that left, by when: early while the prompt was being computed, or late.",
+    "Bytes of KV that left, by when: early before the prompt's last step was over, or late.",
     (),
     "when",
 )
@@ -35,9 +35,10 @@ PULL_SECONDS = MetricSpec(
 RECOMPUTED = MetricSpec(
     "pd_recomputed_total",
     "counter",
-    "Prompts that were computed here after all, by reason: local (too little was missing), gone, "
-    "closed, timeout, damaged, refused, incompatible, position (its state stands elsewhere), "
-    "cancelled, malformed or error.",
+    "Prompts that were computed here after all, by reason: local (too little was missing), "
+    "unwanted (vLLM computes it in any case, as for prompt_logprobs), gone, closed, timeout, "
+    "damaged, refused, incompatible, position (its state stands elsewhere), cancelled, malformed "
+    "or error.",
     (),
     "reason",
 )
@@ -47,8 +48,8 @@ ALL = (HANDED_OVER, HELD, EXPIRED, SENT, QUEUED, ACCEPTED, PULLED, RECEIVED, PUL
 
 WAYS = ("tcp", "unix", "shared_memory", "cuda_ipc")
 REASONS = (
-    "local", "gone", "closed", "timeout", "damaged", "refused", "incompatible", "position",
-    "cancelled", "malformed", "error",
+    "local", "unwanted", "gone", "closed", "timeout", "damaged", "refused", "incompatible",
+    "position", "cancelled", "malformed", "error",
 )  # fmt: skip
 # Label values that exist from the start.
 LABELS = {SENT.name: ("early", "late"), RECEIVED.name: WAYS, RECOMPUTED.name: REASONS}

@@ -18,6 +18,7 @@ from vllm_plugins.kv_connectors.pd.admission import Admission, Stage
 from vllm_plugins.kv_connectors.pd.connector import options_of, writer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
     from typing import Any
 
     from vllm.config import VllmConfig
@@ -71,15 +72,24 @@ class PdNixlConnector(NixlConnector):
         blocks, free = self._blocks(promised), self._pool.get_num_free_blocks()
         return (promised, True) if self.admission.may_accept(name, blocks, free) else (None, False)
 
+    def startable(self, waiting: Iterable[Request]) -> Iterator[Request]:
+        """Yield those of the waiting requests that may start their prompt in the next step."""
+        return (one for one in waiting if self.admission.stage(one.request_id) is None)
+
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
         """Count what is being pulled."""
         super().update_state_after_alloc(request, blocks, num_external_tokens)
         name = request.request_id
-        if num_external_tokens and self.admission.stage(name) is Stage.QUEUED:
+        if self.admission.stage(name) is not Stage.QUEUED:
+            return
+        if num_external_tokens:
             self.admission.accept(name, self._blocks(num_external_tokens))
             self._writer.inc(metrics.PULLED.name, num_external_tokens)
+        else:
+            # vLLM computes it in any case, as for prompt_logprobs.
+            self.admission.leave(name)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """See who runs, and return NixlConnector's orders."""

@@ -72,12 +72,14 @@ class Chunk:
         blocks: Its block ids so far, by KV cache group.
         ready: Positions that are complete once this step has computed a layer, by group; of
             recurrent layers none, whose state leaves when the prompt is held.
+        last: Whether the prompt ends with it.
     """
 
     transfer_id: str
     digest: str
     blocks: tuple[list[int], ...]
     ready: tuple[int, ...]
+    last: bool = False
 
 
 @dataclass
@@ -108,7 +110,7 @@ class Report(KVConnectorWorkerMetadata):
         pull_seconds: Durations of complete pulls.
         failures: Failed pulls, by reason.
         expired: Leases that nobody renewed.
-        early: Bytes that left while their prompt was still being computed.
+        early: Bytes that left before the last step of their prompt was over.
         sent: Bytes that left.
     """
 

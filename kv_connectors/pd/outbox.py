@@ -41,6 +41,8 @@ class Outgoing:
         ready: Positions that are computed, by layer; None once all are.
         request_id: Name by which vLLM keeps the blocks; None while it computes them.
         deadline: When the lease ends, on the monotonic clock.
+        held_at: When it began, on the monotonic clock.
+        prefilled: Whether the prompt is computed to its end; vLLM keeps it one step later.
         reading: Readers at work.
         copying: Copies under way.
         done: Ranks of the readers that have all they want.
@@ -53,6 +55,8 @@ class Outgoing:
     ready: dict[str, int] | None
     request_id: str | None
     deadline: float
+    held_at: float = 0.0
+    prefilled: bool = False
     reading: int = 0
     copying: int = 0
     done: set[int] = field(default_factory=set)
@@ -116,6 +120,14 @@ class Outbox:
                     entry.ready[layer] = positions[self._groups[layer]]
             self._changed.notify_all()
 
+    def prefilled(self, transfer_ids: Iterable[str]) -> None:
+        """Note that the last step of announced prompts is over."""
+        with self._changed:
+            for transfer_id in transfer_ids:
+                entry = self._entries.get(transfer_id)
+                if entry is not None:
+                    entry.prefilled = True
+
     def hold(self, transfer_id: str, request_id: str, digest: str, blocks: Blocks) -> None:
         """Start the lease of a prompt that is computed; one released before ends at once."""
         with self._changed:
@@ -132,7 +144,8 @@ class Outbox:
                 self._freed.append(request_id)
                 return
             entry.blocks, entry.ready, entry.request_id = blocks, None, request_id
-            entry.deadline = self._clock() + self._lease_s
+            entry.held_at = self._clock()
+            entry.deadline = entry.held_at + self._lease_s
             entry.ended = released or entry.complete
             self._free_if_ended(transfer_id, entry)
             self._changed.notify_all()
@@ -154,11 +167,16 @@ class Outbox:
             self._changed.notify_all()
 
     def renew(self, transfer_ids: Iterable[str]) -> list[str]:
-        """Prolong leases; return those that there are."""
+        """Prolong leases; return those that have not ended.
+
+        The answer that names a prompt overtakes the order to hold it, by a step of any length: one
+        that is not known yet counts too.
+        """
         with self._changed:
-            live = [name for name in transfer_ids if name in self._entries]
+            live = [name for name in transfer_ids if name not in self._gone]
             for name in live:
-                self._entries[name].deadline = self._clock() + self._lease_s
+                if name in self._entries:
+                    self._entries[name].deadline = self._clock() + self._lease_s
             return live
 
     def release(self, transfer_ids: Iterable[str]) -> None:
@@ -205,7 +223,7 @@ class Outbox:
             entry = self._find(transfer_id, digest)
             entry.reading += 1
         try:
-            yield Reading(self._changed, self._groups, entry, self._lease_s)
+            yield Reading(self._changed, self._groups, entry, self._lease_s, self._clock)
         finally:
             with self._changed:
                 entry.reading -= 1
@@ -248,7 +266,9 @@ class Reading:
         changed: Guards the entry, and is notified when it changes.
         groups: KV cache group of each layer.
         entry: The prompt.
-        patience_s: Longest wait for the next layer, in s.
+        patience_s: Longest wait for the next layer, in s, and longest time that the reader may
+            take for all of them once the prompt is kept: it must not keep blocks for ever.
+        clock: The monotonic clock.
     """
 
     def __init__(
@@ -257,15 +277,16 @@ class Reading:
         groups: Mapping[str, int],
         entry: Outgoing,
         patience_s: float,
+        clock: Callable[[], float],
     ) -> None:
         self._changed, self._groups, self._entry = changed, groups, entry
-        self._patience_s = patience_s
+        self._patience_s, self._clock, self._started_at = patience_s, clock, clock()
         self._sent: dict[str, int] = {}
 
     @property
     def computing(self) -> bool:
         """Whether the prompt is still being computed."""
-        return self._entry.request_id is None
+        return self._entry.request_id is None and not self._entry.prefilled
 
     def next(self, layers: Sequence[str], spans: Sequence[Span]) -> list[tuple[str, Span]]:
         """Wait for layers with positions that were not returned yet; empty when there are none.
@@ -311,7 +332,8 @@ class Reading:
         """Give the blocks of some positions, which are not overwritten meanwhile.
 
         Raises:
-            GoneError: The prefill was given up, or the positions are not the prompt's.
+            GoneError: The prefill was given up, the reader has had a lease's time, or the positions
+                are not the prompt's.
         """
         with self._changed:
             blocks = self._blocks(layer, span)
@@ -350,6 +372,9 @@ class Reading:
 
     def _blocks(self, layer: str, span: Span) -> Sequence[int]:
         self.check_kept()
+        kept_since = max(self._started_at, self._entry.held_at)
+        if self._entry.request_id is not None and self._clock() > kept_since + self._patience_s:
+            raise GoneError("the reader takes longer than a lease")
         blocks = self._entry.blocks[self._groups[layer]]
         if span.last > len(blocks):
             raise GoneError("the prompt has fewer blocks")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import queue
+import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,14 @@ if TYPE_CHECKING:
     from vllm_plugins.kv_connectors.pd.reference import Peer, Reference
     from vllm_plugins.wire.connection import Connection
 
+logger = logging.getLogger("vllm.vllm_plugins.pd")
+
 # A connection that was idle for longer may have been closed by the other side.
 IDLE_S = 10.0
+# Longest that renewing or releasing waits for a peer to take or send a message, in s.
+WORD_TIMEOUT_S = 5.0
+# Peers that are told something at a time: so many may be stalled before others have to wait.
+PARALLEL_WORDS = 16
 
 
 class PeerConnections:
@@ -29,17 +36,19 @@ class PeerConnections:
         secret: The shared secret.
         connect_timeout_s: Time for connecting, in s.
         timeout_s: Time for each message, in s.
-        local_only: Whether peers on other hosts are refused.
     """
 
     def __init__(self, secret: bytes, connect_timeout_s: float, timeout_s: float) -> None:
         self._secret = secret
         self._connect_timeout_s, self._timeout_s = connect_timeout_s, timeout_s
+        self._word_timeout_s = min(timeout_s, WORD_TIMEOUT_S)
         self._idle: dict[Peer, list[tuple[float, Connection]]] = {}
         self._closed = False
         self._lock = threading.Lock()
-        self._releases: queue.SimpleQueue[Reference | None] = queue.SimpleQueue()
-        self._releaser: threading.Thread | None = None
+        # Each peer is told by one thread at a time, and never holds up another's word.
+        self._renewing: set[Peer] = set()
+        self._releases: dict[Peer, list[str]] = {}
+        self._words = ThreadPoolExecutor(PARALLEL_WORDS, thread_name_prefix="pd-words")
 
     @contextmanager
     def to(self, peer: Peer) -> Iterator[Connection]:
@@ -73,24 +82,21 @@ class PeerConnections:
             timeout_s=self._timeout_s,
         )
 
-    def renew(self, references: Iterable[Reference]) -> set[str]:
-        """Prolong leases; return the transfers that some worker has no lease of any more.
+    def renew_later(
+        self, references: Iterable[Reference], lost: Callable[[set[str]], None]
+    ) -> None:
+        """Prolong leases in the background; a peer that has yet to answer the last call is left.
 
-        A worker that cannot be reached keeps its leases: it may be back in time. One that was
-        restarted has none.
+        Args:
+            references: The transfers.
+            lost: Hears of those that a worker has no lease of any more. One that cannot be reached
+                keeps its leases: it may be back in time. One that was restarted has none.
         """
-        lost: set[str] = set()
-        for peer, names in _by_peer(references):
-            try:
-                with self.to(peer) as connection:
-                    header = {"generation": peer.generation, "transfers": names}
-                    answer = connection.request(Kind.RENEW, header)
-                    lost |= set(names) - set(transfers(answer.header))
-            except WireError as error:
-                lost |= set(names) if says_gone(error) else set()
-            except ValueError:
-                continue
-        return lost
+        for peer, names in _by_peer(references).items():
+            with self._lock:
+                if not self._closed and peer not in self._renewing:
+                    self._renewing.add(peer)
+                    self._words.submit(self._renew, peer, names, lost)
 
     def release(self, references: Iterable[Reference]) -> None:
         """End leases.
@@ -99,32 +105,30 @@ class PeerConnections:
             WireError: A worker could not be told; its lease ends by itself.
         """
         failed: WireError | None = None
-        for peer, names in _by_peer(references):
+        for peer, names in _by_peer(references).items():
             try:
-                with self.to(peer) as connection:
-                    header = {"generation": peer.generation, "transfers": names}
-                    connection.request(Kind.RELEASE, header)
+                self._tell(peer, Kind.RELEASE, names)
             except WireError as error:
                 failed = error
         if failed is not None:
             raise failed
 
     def release_later(self, reference: Reference) -> None:
-        """End a lease from a thread of this object's own, if its workers can be reached."""
+        """End a lease in the background, if its workers can be reached."""
         with self._lock:
-            if self._releaser is None:
-                self._releaser = threading.Thread(
-                    target=self._release_queued, name="pd-release", daemon=True
-                )
-                self._releaser.start()
-        self._releases.put(reference)
+            for peer in () if self._closed else reference.peers:
+                if peer in self._releases:
+                    self._releases[peer].append(reference.transfer_id)
+                else:
+                    self._releases[peer] = [reference.transfer_id]
+                    self._words.submit(self._release_all, peer)
 
     def close(self) -> None:
-        """Close the idle connections and end the thread."""
-        self._releases.put(None)
+        """Close the idle connections; what is being told in the background still is."""
         with self._lock:
             self._closed = True
             self._close_idle(0.0)
+        self._words.shutdown(wait=False)
 
     def _take_idle(self, peer: Peer) -> Connection | None:
         with self._lock:
@@ -150,21 +154,54 @@ class PeerConnections:
             if not connections:
                 del self._idle[peer]
 
-    def _release_queued(self) -> None:
-        while (reference := self._releases.get()) is not None:
+    def _renew(self, peer: Peer, names: list[str], lost: Callable[[set[str]], None]) -> None:
+        try:
+            lost(set(names) - self._tell(peer, Kind.RENEW, names))
+        except WireError as error:
+            if says_gone(error):
+                lost(set(names))
+        except Exception:
+            # A malformed answer, or anything else: later renewals must go on.
+            logger.exception("vllm-plugins: pd: %s: leases were not renewed", peer.address)
+        finally:
+            with self._lock:
+                self._renewing.discard(peer)
+
+    def _release_all(self, peer: Peer) -> None:
+        """Tell a peer of all leases that end, also of those that come to it meanwhile."""
+        while True:
+            with self._lock:
+                names, self._releases[peer] = self._releases[peer], []
+                if not names:
+                    del self._releases[peer]
+                    return
             try:
-                self.release([reference])
+                self._tell(peer, Kind.RELEASE, names)
             except WireError:
-                # Its lease ends by itself.
+                # Its leases end by themselves.
                 continue
+            except Exception:
+                logger.exception("vllm-plugins: pd: %s: leases were not released", peer.address)
+
+    def _tell(self, peer: Peer, kind: Kind, names: Sequence[str]) -> set[str]:
+        """Send transfers, not more at a time than a message takes; return those that go on."""
+        with self.to(peer) as connection:
+            timeout_s, connection.timeout_s = connection.timeout_s, self._word_timeout_s
+            live: set[str] = set()
+            for start in range(0, len(names), MAX_TRANSFERS):
+                some = names[start : start + MAX_TRANSFERS]
+                header = {"generation": peer.generation, "transfers": some}
+                answer = connection.request(kind, header)
+                if kind is Kind.RENEW:
+                    live.update(transfers(answer.header))
+            connection.timeout_s = timeout_s
+            return live
 
 
-def _by_peer(references: Iterable[Reference]) -> Iterator[tuple[Peer, list[str]]]:
-    """Yield each peer with its transfers, not more at a time than it takes."""
+def _by_peer(references: Iterable[Reference]) -> dict[Peer, list[str]]:
+    """Return each peer's transfers."""
     names: dict[Peer, list[str]] = defaultdict(list)
     for reference in references:
         for peer in reference.peers:
             names[peer].append(reference.transfer_id)
-    for peer, all_names in names.items():
-        for start in range(0, len(all_names), MAX_TRANSFERS):
-            yield peer, all_names[start : start + MAX_TRANSFERS]
+    return names

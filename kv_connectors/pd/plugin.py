@@ -85,7 +85,7 @@ class PdOptions(ListenerOptions):
         30.0,
         gt=0,
         description="prefill: blocks that nobody pulls, and whose lease nobody renews for so "
-        "long, are freed, in s.",
+        "long, are freed; nor may a pull take longer once the prompt is computed, in s.",
     )
     heartbeat_s: float | None = Field(
         None,

@@ -32,11 +32,17 @@ class PrefillBatchPolicy(SchedulerPolicy):
 
     def plan(self, plan: StepPlan) -> None:
         """Limit who starts in this step, and the step to them."""
+        connector = self.facts.kv_connector
+        # Those whose KV was pulled only decode, and come before all that wait.
+        ready = connector.admission.ready
         if plan.prefills:
-            plan.limit_admissions(0)
+            plan.limit_admissions(ready)
             return
-        batch = whole_prompts(map(_remaining, plan.waiting), self._saturating_tokens)
-        plan.limit_admissions(len(list(batch)))
+        # What has to wait would leave its place in the batch to prompts of any length.
+        waiting = connector.startable(plan.waiting)
+        batch = list(whole_prompts(map(_remaining, waiting), self._saturating_tokens))
+        # At least one, or vLLM would not look at what is to be pulled either.
+        plan.limit_admissions(ready + max(1, len(batch)))
 
 
 def whole_prompts(lengths: Iterable[int], saturating_tokens: int) -> Iterator[int]:

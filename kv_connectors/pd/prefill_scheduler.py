@@ -19,7 +19,7 @@ from vllm_plugins.kv_connectors.pd.reference import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
@@ -64,6 +64,7 @@ class PrefillScheduler:
         self._names: set[str] = set()
         self._shortened: set[str] = set()
         self._started_blocks = self._held_blocks = 0
+        self._full = False
         self._holds: list[Hold] = []
         self._cancelled: list[str] = []
 
@@ -110,16 +111,29 @@ class PrefillScheduler:
 
         That is DistServe's back-pressure: the blocks of the batch, of the candidate and of all
         finished prompts that are not pulled yet stay within a limit. A prompt that alone exceeds
-        it starts when there is no other.
+        it starts when there is no other. vLLM *skips* who has to wait, so the first of a step holds
+        back all that it is asked about behind it: whatever the order of the queue is, nobody is
+        overtaken by smaller prompts. One that was preempted is in the sum already.
         """
-        if request.request_id not in self._transfers:
+        if not self._waits_for_room(request):
             return False
-        taken = self._held_blocks + self._started_blocks
-        return bool(taken) and taken + self._blocks(request) > self._most_held
+        self._full |= self._exceeds(self._held_blocks + self._started_blocks, request)
+        return self._full
+
+    def startable(self, waiting: Iterable[Request]) -> Iterator[Request]:
+        """Yield those of the waiting requests that `must_wait` lets start in one step, in order."""
+        taken, full = self._held_blocks + self._started_blocks, False
+        for request in waiting:
+            if self._waits_for_room(request):
+                full = full or self._exceeds(taken, request)
+                if full:
+                    continue
+                taken += self._blocks(request)
+            yield request
 
     def start(self, request: Request) -> None:
         """Note that a prompt has its blocks."""
-        if request.request_id in self._transfers and request.request_id not in self._started:
+        if self._waits_for_room(request):
             self._started[request.request_id] = self._blocks(request)
             self._started_blocks += self._started[request.request_id]
 
@@ -131,6 +145,7 @@ class PrefillScheduler:
             blocks_of: Returns a request's block ids by group.
             orders: Receives the orders.
         """
+        self._full = False
         orders.holds, self._holds = self._holds, []
         for request_id, (request, _) in list(self._streams.items()):
             if request.num_preemptions:
@@ -181,6 +196,14 @@ class PrefillScheduler:
         """Whether the workers have yet to hear something."""
         return bool(self._holds or self._cancelled)
 
+    def _waits_for_room(self, request: Request) -> bool:
+        """Whether a request is to be handed over, and has not been started yet."""
+        name = request.request_id
+        return name in self._transfers and name not in self._started
+
+    def _exceeds(self, taken: int, request: Request) -> bool:
+        return bool(taken) and taken + self._blocks(request) > self._most_held
+
     def _blocks(self, request: Request) -> int:
         return self._groups.most_blocks(request.num_prompt_tokens)
 
@@ -205,7 +228,7 @@ class PrefillScheduler:
             for group in self._groups.all
         )
         name = self._transfers[request.request_id]
-        return Chunk(name, digest, blocks, ready)
+        return Chunk(name, digest, blocks, ready, last=end == tokens)
 
 
 def digest_of(request: Request) -> str:

@@ -59,6 +59,7 @@ class PrefillWorker:
         self._handles = handles
         self.outbox = Outbox(groups, lease_s)
         self._ready: dict[str, tuple[int, ...]] = {}
+        self._last: list[str] = []
         self._counts = threading.Lock()
         self._sent = self._early = 0
         self._answers: dict[int, Callable[[Connection, Frame], None]] = {
@@ -77,12 +78,18 @@ class PrefillWorker:
         for chunk in orders.chunks:
             self.outbox.announce(chunk.transfer_id, chunk.digest, chunk.blocks)
         self._ready = {chunk.transfer_id: chunk.ready for chunk in orders.chunks}
+        self._last = [chunk.transfer_id for chunk in orders.chunks if chunk.last]
 
     def layer_computed(self, layer: str) -> None:
         """Note that the step's chunks have their KV in a layer."""
         if self._ready and layer in self._groups:
             self._pages.mark_written()
             self.outbox.computed(self._ready, layer)
+
+    def end_step(self) -> None:
+        """Note that the forward of the step is over: on CUDA, that all of it is on its way."""
+        if self._last:
+            self.outbox.prefilled(self._last)
 
     def take_counts(self) -> tuple[int, int]:
         """Return the bytes sent since the last call, and how many before their prompt's end."""
@@ -156,7 +163,7 @@ class PrefillWorker:
         return max(PIECE_BYTES, *sizes)
 
     def count(self, sent: int, *, early: bool) -> None:
-        """Count bytes that left."""
+        """Count bytes that have left, early if their prompt is still being computed."""
         with self._counts:
             self._sent += sent
             self._early += sent if early else 0
@@ -206,7 +213,6 @@ class _Sender:
         self._reading.finish(self._wanted.reader, self._wanted.readers)
 
     def _send(self, layer: str, piece: Span, size: int) -> None:
-        early = self._reading.computing
         header = {"layer": layer, "first": piece.first, "count": len(piece)}
         if self._shared is None:
             target = memoryview(self._buffer)[:size]
@@ -222,7 +228,7 @@ class _Sender:
             self._connection.send(Kind.PIECE, header | {"slot": slot, "checksum": check})
             self._unacknowledged += 1
         self._pieces += 1
-        self._worker.count(size, early=early)
+        self._worker.count(size, early=self._reading.computing)
 
     def _copy(self, layer: str, piece: Span, target: memoryview) -> None:
         with self._reading.copying(layer, piece) as blocks:
@@ -239,7 +245,8 @@ class _DirectSender(_Sender):
 
     A piece is of all the group's layers that are ready, which the reader copies at once. It is at
     most `SLOTS` pieces behind, and has the time of a message for each; a reader that is slower
-    loses the connection, and with it the word that its copies are whole.
+    loses the connection, and with it the word that its copies are whole. Bytes count as sent once
+    their blocks are named.
     """
 
     def _send_all(self, fresh: list[tuple[str, Span]]) -> None:
@@ -257,14 +264,13 @@ class _DirectSender(_Sender):
     def _offer(self, layer: str, places: list[int], piece: Span, size: int) -> None:
         while self._unacknowledged == SLOTS:
             self._acknowledged()
-        early = self._reading.computing
         blocks = list(self._reading.blocks(layer, piece))
         self._worker.pages.await_written()
         header = {"layers": places, "first": piece.first, "count": len(piece), "blocks": blocks}
         self._connection.send(Kind.PIECE, header)
         self._unacknowledged += 1
         self._pieces += 1
-        self._worker.count(size, early=early)
+        self._worker.count(size, early=self._reading.computing)
 
     def _finish(self) -> None:
         self._reading.check_kept()

@@ -159,6 +159,11 @@ class Worker:
         if self._serving is not None:
             self._serving.layer_computed(layer)
 
+    def end_step(self) -> None:
+        """Note that the step's forward is over."""
+        if self._serving is not None:
+            self._serving.end_step()
+
     def take_results(self, ended: set[str]) -> tuple[set[str], set[str], set[str]]:
         """Return requests whose blocks were pulled, are here, and of the latter those that failed.
 

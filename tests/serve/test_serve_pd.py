@@ -4,18 +4,28 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 from openai import APIConnectionError, APIError, APITimeoutError, BadRequestError, OpenAI
 
 from tests import models
-from tests.pd_servers import PREFILL, Pair, instances, post, prompt, routed, through
+from tests.pd_servers import (
+    PREFILL,
+    Pair,
+    instances,
+    nothing_more,
+    post,
+    prompt,
+    routed,
+    through,
+)
 from tests.wire_faults import DOWN, UP, Fault, FaultyProxy
 from vllm_plugins.kv_connectors.pd.reference import KEY
 from vllm_plugins.wire.address import Address
@@ -95,6 +105,7 @@ def test_layers_leave_while_the_prompt_is_computed(pair, peers):
         assert pair.streamed(tokens, peers) == pair.colocated(tokens)
         early, late = (sent()[when] - before[when] for when in before)
         best = max(best, early / (early + late))
+        print(f"of {early + late:.0f} bytes {early / (early + late):.1%} left early")
         if best >= 0.8:
             break
     assert best >= 0.8
@@ -291,21 +302,45 @@ def test_a_killed_router_leaves_nothing_behind(pair, tmp_path):
         for tokens in prompts:
             pool.submit(read, tokens)
         assert started.acquire(timeout=60)
-        subprocess.run(["pkill", "-9", "-f", f"route --port {url.rsplit(':', 1)[1]}"], check=True)
+        (running,) = (
+            child
+            for child in psutil.Process().children()
+            if url.rsplit(":", 1)[1] in child.cmdline()
+        )
+        running.kill()
     pair.await_empty(LEASE_S + 2)
     assert pair.decoded(prompts[0], pair.prefilled(prompts[0])) == pair.colocated(prompts[0])
 
 
-def test_a_killed_prefill_instance_costs_its_prompts_a_prefill(pair):
-    """Last: the prefill instance does not come back."""
-    prompts = [prompt(150, 20 + i) for i in range(4)]
-    expected = [pair.colocated(tokens) for tokens in prompts]
-    references = [pair.prefilled(tokens) for tokens in prompts]
-    with ThreadPoolExecutor(4) as pool:
-        answers = [
-            pool.submit(pair.decoded, t, r) for t, r in zip(prompts, references, strict=True)
-        ]
+def test_a_killed_prefill_instance_costs_its_prompts_a_prefill(pair, peers):
+    """Last: it does not come back. One prompt is being computed, three others are being pulled."""
+    pair.await_empty(LEASE_S + 2)
+    recomputed, early = "vllm_plugins:pd_recomputed_total", "vllm_plugins:pd_sent_bytes_total"
+    prompts = [prompt(1900, 20 + i) for i in range(4)]
+    # Under a salt, so that the prompt is not in the cache when it is to be computed.
+    bodies = [pair.body(tokens, 8, cache_salt="expected") for tokens in prompts]
+    expected = [post(pair.prefill.url, one)["choices"][0]["token_ids"] for one in bodies]
+    references = [pair.prefilled(tokens) for tokens in prompts[:3]]
+    failed, sent = pair.decode.metric(recomputed), pair.prefill.metric(early, when="early")
+    name = uuid.uuid4().hex
+    streamed = {"do_remote_prefill": True, KEY: {"version": 1, "transfer_id": name, "peers": peers}}
+    slow = Fault("delay", direction=DOWN, seconds=0.1)
+    with (
+        nothing_more(pair.decode),
+        FaultyProxy(Address.from_json(peers[0]["address"]), slow) as proxy,
+        ThreadPoolExecutor(5) as pool,
+    ):
+        asked = [*(through(one, proxy.address) for one in references), streamed]
+        answers = list(map(pool.submit, [pair.decoded] * 3, prompts, asked))
+        pair.await_metric(pair.decode, "accepted_blocks", 3 * 60)
+        answers.append(pool.submit(pair.decoded, prompts[3], streamed))
+        # Nobody hears its answer.
+        pool.submit(pair.prefilled, prompts[3], **{KEY: {"transfer_id": name, "stream": True}})
+        pair.await_metric(pair.prefill, "sent_bytes_total", sent + 1, when="early")
         os.killpg(pair.prefill.process.pid, signal.SIGKILL)
         pair.prefill.process.wait()
         assert [answer.result() for answer in answers] == expected
-    assert [pair.decoded(t, r) for t, r in zip(prompts, references, strict=True)] == expected
+        assert pair.decode.metric(recomputed) - failed == 4
+    again = zip(prompts, asked, strict=True)
+    assert [pair.decoded(tokens, params) for tokens, params in again] == expected
+    pair.await_empty(LEASE_S + 2)

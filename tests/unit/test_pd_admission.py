@@ -134,6 +134,7 @@ def test_who_leaves_at_any_stage_leaves_nothing_behind(stage):
     if stage is Stage.READY:
         rule.loaded("a")
     assert rule.stage("a") is stage
+    assert rule.ready == (stage is Stage.READY)
     for _ in range(2):
         rule.leave("a")
     assert rule.stage("a") is None

@@ -79,7 +79,8 @@ def test_a_renewed_lease_lasts_longer(outbox, clock):
     hold(outbox)
     for _ in range(3):
         clock.now += LEASE_S - 1
-        assert outbox.renew(["t", "unknown"]) == ["t"]
+        # What is unknown may be about to be held.
+        assert outbox.renew(["t", "unknown"]) == ["t", "unknown"]
         assert outbox.take_freed() == set()
     clock.now += LEASE_S
     assert outbox.take_freed() == {"r"}
@@ -129,6 +130,32 @@ def test_a_lease_does_not_end_under_a_reader(outbox, clock):
     assert outbox.take_freed() == set()
     clock.now += 1
     assert outbox.take_freed() == {"r"}
+
+
+def test_a_reader_has_a_leases_time_and_no_more(outbox, clock):
+    hold(outbox)
+    # Renewals are of the lease, not of the reader's time.
+    with pytest.raises(GoneError, match="longer than a lease"), outbox.reading("t", DIGEST) as one:
+        for _ in range(4):
+            with one.copying("a", Span(0, 1)):
+                clock.now += LEASE_S / 2
+            outbox.renew(["t"])
+    with outbox.reading("t", DIGEST) as another:
+        assert read_all(another) == {"a": BLOCKS[0], "b": BLOCKS[1]}
+
+
+def test_a_reader_has_that_time_from_when_the_prompt_is_computed(outbox, clock):
+    announce(outbox)
+    with outbox.reading("t", DIGEST) as reading:
+        clock.now += 10 * LEASE_S
+        outbox.computed({"t": (3, 2)}, "a")
+        with reading.copying("a", Span(0, 1)):
+            hold(outbox)
+        clock.now += LEASE_S
+        with reading.copying("a", Span(0, 1)):
+            clock.now += 1
+        with pytest.raises(GoneError, match="longer than a lease"):
+            reading.blocks("a", Span(0, 1))
 
 
 def test_with_all_readers_done_the_blocks_are_freed_once(outbox):
@@ -274,6 +301,10 @@ def test_the_rest_comes_when_the_prompt_is_held(outbox):
     with outbox.reading("t", DIGEST) as reading:
         outbox.computed({"t": (2, 0)}, "a")
         assert reading.next(LAYERS, SPANS) == [("a", Span(0, 2))]
+        assert reading.computing
+        # The last step is over, and the next one brings the order to hold the blocks.
+        outbox.prefilled(["t", "unknown"])
+        assert not reading.computing
         hold(outbox)
         assert reading.next(LAYERS, SPANS) == [("a", Span(2, 3)), ("b", Span(0, 2))]
         reading.finish(0, 1)

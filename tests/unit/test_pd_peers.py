@@ -1,6 +1,8 @@
 """Connections to prefill workers: used again, replaced, and the words that end and renew leases."""
 
 import threading
+import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -21,6 +23,7 @@ from tests.unit.wire_ends import SECRET, wait_until
 from tests.wire_faults import DOWN, Fault, FaultyProxy
 from vllm_plugins.kv_connectors.pd import peers
 from vllm_plugins.kv_connectors.pd import release as release_module
+from vllm_plugins.kv_connectors.pd.decode_scheduler import LeaseKeeper
 from vllm_plugins.kv_connectors.pd.peers import PeerConnections
 from vllm_plugins.kv_connectors.pd.protocol import MAX_TRANSFERS, Kind
 from vllm_plugins.kv_connectors.pd.reference import BadReferenceError, Reference
@@ -194,6 +197,14 @@ def test_a_worker_that_does_not_answer_costs_the_timeout_and_no_more(new_writer,
             pass
 
 
+def renewed(connections, references):
+    """Renew leases, and return those that are lost."""
+    lost = set()
+    connections.renew_later(references, lost.update)
+    wait_until(lambda: not connections._renewing)
+    return lost
+
+
 def hold(writer, *names):
     for name in names:
         writer.outbox.hold(name, f"held-{name}", DIGEST, BLOCKS)
@@ -204,16 +215,18 @@ def test_renewing_reports_the_leases_that_some_worker_has_lost(new_writer, conne
     hold(first, "both", "first", "gone")
     hold(second, "both")
     first.outbox.release(["gone"])
+    second.outbox.release(["first"])
     both = first.peer(), second.peer()
-    lost = connections.renew(
+    lost = renewed(
+        connections,
         [
             reference(*both, name="both"),
             reference(*both, name="first"),
             reference(first.peer(), name="gone"),
-            reference(second.peer(), name="never"),
-        ]
+            reference(second.peer(), name="later"),
+        ],
     )
-    assert lost == {"first", "gone", "never"}
+    assert lost == {"first", "gone"}
     assert (first.served, second.served) == (1, 1)
 
 
@@ -221,7 +234,7 @@ def test_renewing_prolongs_leases(new_writer, connections):
     writer = new_writer(lease_s=0.2)
     hold(writer, "kept", "left")
     deadline = writer.outbox._entries["kept"].deadline
-    assert connections.renew([reference(writer.peer(), name="kept")]) == set()
+    assert renewed(connections, [reference(writer.peer(), name="kept")]) == set()
     assert writer.outbox._entries["kept"].deadline > deadline
     assert writer.outbox._entries["left"].deadline <= deadline + 0.1
 
@@ -230,13 +243,13 @@ def test_a_worker_that_cannot_be_reached_keeps_its_leases(new_writer, connection
     writer = new_writer()
     hold(writer, "a")
     away = gone_peer(new_writer)
-    lost = connections.renew([reference(away, name="t"), reference(writer.peer(), name="a")])
+    lost = renewed(connections, [reference(away, name="t"), reference(writer.peer(), name="a")])
     assert lost == set()
 
 
 def test_a_worker_that_was_restarted_has_lost_all_leases(new_writer, connections):
     peer = replace(new_writer().peer(), generation="f" * 16)
-    assert connections.renew([reference(peer), reference(peer, name="u")]) == {"t", "u"}
+    assert renewed(connections, [reference(peer), reference(peer, name="u")]) == {"t", "u"}
 
 
 @pytest.mark.parametrize("answer", [{}, {"transfers": "t"}, {"transfers": [1]}])
@@ -247,7 +260,7 @@ def test_a_malformed_answer_renews_nothing_and_loses_nothing(new_writer, connect
             connection.send(Kind.RENEWED, answer)
 
     writer = new_writer(serve=serve)
-    assert connections.renew([reference(writer.peer())]) == set()
+    assert renewed(connections, [reference(writer.peer())]) == set()
     wait_until(lambda: writer.left == 1)
 
 
@@ -255,8 +268,9 @@ def test_more_transfers_than_a_message_takes_go_in_several(new_writer, connectio
     writer = new_writer()
     names = [f"{i:0256d}" for i in range(2 * MAX_TRANSFERS + 10)]
     hold(writer, *names)
+    writer.outbox.release(["lost"])
     references = [reference(writer.peer(), name=name) for name in names]
-    assert connections.renew([*references, reference(writer.peer(), name="lost")]) == {"lost"}
+    assert renewed(connections, [*references, reference(writer.peer(), name="lost")]) == {"lost"}
     connections.release(references)
     assert len(writer.outbox.take_freed()) == len(names)
 
@@ -271,22 +285,87 @@ def test_a_release_reaches_all_workers_that_can_be_reached(new_writer, connectio
         assert writer.outbox.take_freed() == {"held-t"}
 
 
-def test_later_releases_come_one_after_another_whatever_fails(new_writer, connections):
+def test_later_releases_come_whatever_fails(new_writer, connections):
     writer = new_writer()
     hold(writer, "a", "b")
-    away = gone_peer(new_writer)
-    for one in (
-        reference(writer.peer(), name="a"),
-        reference(away),
-        reference(writer.peer(), name="b"),
-    ):
-        connections.release_later(one)
-    came = set()
-    wait_until(lambda: came.update(writer.outbox.take_freed()) or len(came) == 2)
-    names = [thread.name for thread in threading.enumerate()]
-    assert names.count("pd-release") == 1
+    for peer, name in ((writer.peer(), "a"), (gone_peer(new_writer), "t"), (writer.peer(), "b")):
+        connections.release_later(reference(peer, name=name))
+    freed(writer, {"held-a", "held-b"})
     connections.close()
-    wait_until(lambda: "pd-release" not in [thread.name for thread in threading.enumerate()])
+    wait_until(lambda: not any(t.name.startswith("pd-words") for t in threading.enumerate()))
+    # Nobody is told anything any more.
+    connections.release_later(reference(writer.peer()))
+
+
+@contextmanager
+def stalled_peers(writer, count):
+    """Peers that accept and say nothing, each of which costs the time for connecting."""
+    with FaultyProxy(writer.server.address, Fault("stall", 0, DOWN)) as proxy:
+        peer = writer.peer(address=proxy.address)
+        yield [replace(peer, generation=f"{i:016x}") for i in range(count)]
+
+
+def test_stalled_peers_cost_no_other_its_leases(new_writer, connections):
+    healthy, keeper = new_writer(lease_s=2.0), LeaseKeeper(connections, 0.1)
+    hold(healthy, "kept")
+    with stalled_peers(new_writer(), 8) as some:
+        for peer in some:
+            keeper.watch(peer.generation, reference(peer, name=peer.generation))
+        keeper.watch("healthy", reference(healthy.peer(), name="kept"))
+        end = time.monotonic() + 4.0
+        while time.monotonic() < end:
+            assert not healthy.outbox.take_freed()
+            time.sleep(0.05)
+        assert not keeper.lost("healthy")
+        keeper.close()
+
+
+def test_stalled_peers_hold_up_no_others_release(new_writer, connections):
+    healthy = new_writer()
+    hold(healthy, "t")
+    with stalled_peers(new_writer(), 14) as some:
+        for peer in some * 2:
+            connections.release_later(reference(peer))
+        connections.release_later(reference(healthy.peer()))
+        freed(healthy, {"held-t"})
+
+
+def test_a_word_is_not_waited_for_as_long_as_a_prompt(new_writer, monkeypatch):
+    monkeypatch.setattr(peers, "WORD_TIMEOUT_S", 0.2)
+
+    def mute(connection):
+        while connection.receive().kind == Kind.DESCRIBE:
+            connection.send(Kind.SHARD, {})
+        time.sleep(1.0)
+
+    writer, connections = new_writer(serve=mute), PeerConnections(SECRET, 5.0, 30.0)
+    with pytest.raises(WireTimeoutError):
+        connections.release([reference(writer.peer())])
+    with connections.to(writer.peer()) as connection:
+        assert describe(connection, writer.peer()).kind == Kind.SHARD
+        assert connection.timeout_s == 30.0
+    connections.close()
+
+
+def test_what_goes_wrong_in_the_background_is_said_and_stops_nothing(
+    new_writer, connections, monkeypatch, caplog
+):
+    writer = new_writer()
+    hold(writer, "t")
+    with monkeypatch.context() as patch:
+        patch.setattr(peers, "MAX_TRANSFERS", None)
+        connections.release_later(reference(writer.peer()))
+        assert renewed(connections, [reference(writer.peer())]) == set()
+        wait_until(lambda: "leases were not released" in caplog.text)
+    assert "leases were not renewed" in caplog.text
+    connections.release_later(reference(writer.peer()))
+    freed(writer, {"held-t"})
+
+
+def freed(writer, requests):
+    """Wait until the writer frees these requests' blocks."""
+    came = set()
+    wait_until(lambda: came.update(writer.outbox.take_freed()) or came == requests)
 
 
 def test_a_router_frees_what_a_prefill_instances_answer_names(new_writer):

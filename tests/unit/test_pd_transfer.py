@@ -219,8 +219,8 @@ def test_a_group_of_which_nothing_is_wanted_stays_as_it_is(ends):
     freed([writer], ["t"])
 
 
-def chunk(prompt, ready):
-    return Chunk(prompt.name, DIGEST, prompt.source, ready)
+def chunk(prompt, ready, *, last=False):
+    return Chunk(prompt.name, DIGEST, prompt.source, ready, last)
 
 
 class Computing:
@@ -235,14 +235,15 @@ class Computing:
         ends.append(self.writer)
         self.prompt, self.done = prompt, [0, 0]
 
-    def step(self, ready, layers=tuple(GROUPS)):
+    def step(self, ready, layers=tuple(GROUPS), *, last=False):
         """Compute up to so many positions, by group, in some layers."""
-        self.writer.worker.begin_step(Orders(chunks=[chunk(self.prompt, ready)]))
+        self.writer.worker.begin_step(Orders(chunks=[chunk(self.prompt, ready, last=last)]))
         for name in layers:
             group = GROUPS[name]
             blocks = self.prompt.source[group][self.done[group] : ready[group]]
             self.caches[name][blocks] = MODEL[name][blocks]
             self.writer.worker.layer_computed(name)
+        self.writer.worker.end_step()
         self.done = list(ready)
 
     def end(self):
@@ -290,6 +291,32 @@ def test_the_rest_of_a_streamed_prompt_comes_after_its_end(ends, way, small_piec
     reader.check(MODEL, prompt)
     freed([engine.writer], ["t"])
     assert engine.writer.worker.take_counts() == (early + HEADS * BLOCK_BYTES * (3 + 5), early)
+
+
+def test_what_leaves_after_the_last_step_is_late_before_the_order_to_hold(ends, way):
+    unix, share = WAYS[way]
+    prompt = Prompt.of("t", (7, 5), skip=0)
+    engine, (reader,) = Computing(ends, prompt), readers_of(ends, OLD, share_memory=share)
+    engine.step((7, 5), last=True)
+    reader.pull(prompt, peers=[engine.writer.peer(unix=unix)], streams=True)
+    assert reader.wait(1) == set()
+    reader.check(MODEL, prompt)
+    assert engine.writer.worker.take_counts() == (HEADS * BLOCK_BYTES * (7 + 5 + 7), 0)
+    engine.end()
+    freed([engine.writer], ["t"])
+
+
+def test_plans_of_prefill_instances_that_were_restarted_are_forgotten(ends, monkeypatch):
+    monkeypatch.setattr(decode_worker, "MAX_PLANS", 2)
+    (reader,) = readers_of(ends, OLD)
+    for i in range(4):
+        (writer,) = writers_of(ends, MODEL, generation=f"{i:016x}")
+        prompt = Prompt.of(f"t{i}")
+        writer.hold(prompt)
+        reader.pull(prompt, peers=[writer.peer()])
+        assert reader.wait(1 + i) == set()
+    reader.check(MODEL, prompt)
+    assert len(reader.worker._plans) == 2
 
 
 def test_many_streamed_prompts_come_from_a_thread_that_computes(ends, way, small_pieces):

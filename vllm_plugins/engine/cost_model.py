@@ -87,9 +87,10 @@ def saturating_prefill(model: StepCostModel, longest: int) -> int:
         model: A fitted cost model.
         longest: Longest prompt to consider, in tokens, at least 1.
     """
-    lengths = np.unique(np.geomspace(1, longest, 256).round().astype(int))
-    works = [StepWork(int(n), 1, 0.0, chunk_work(int(n), 0)) for n in lengths]
-    speed = lengths / np.array([model.seconds(work) for work in works])
+    # Each length: with a tile the fastest ones are few, just below its multiples.
+    lengths = range(1, longest + 1)
+    works = [StepWork(n, 1, 0.0, chunk_work(n, 0)) for n in lengths]
+    speed = np.array(lengths) / np.array([model.seconds(work) for work in works])
     return int(lengths[np.argmax(speed >= SATURATED * speed.max())])
 
 

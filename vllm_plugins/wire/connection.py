@@ -293,8 +293,9 @@ def _connect_unix(address: Address) -> socket.socket | None:
     """Connect to the server's Unix socket; None where only TCP can reach it."""
     if not address.unix or not address.host_id or address.host_id != host_id():
         return None
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = None
     try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # Never waits: with its queue full, it fails.
         sock.setblocking(False)
         sock.connect(f"\0{address.unix}")
@@ -303,7 +304,8 @@ def _connect_unix(address: Address) -> socket.socket | None:
         reason = "it belongs to another user"
     except OSError as error:
         reason = str(error.strerror)
-    sock.close()
+    if sock is not None:
+        sock.close()
     logger.debug("no Unix socket to %s: %s", address, reason)
     return None
 
@@ -313,6 +315,8 @@ def _connect_tcp(address: Address, deadline: float) -> socket.socket:
     try:
         sock = socket.create_connection((address.host, address.port), timeout=left)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except UnicodeError as error:
+        raise WireClosedError(f"{address}: is no host name: {error}") from None
     except OSError as error:
         timed_out = isinstance(error, TimeoutError) or error.errno == errno.ETIMEDOUT
         kind = WireTimeoutError if timed_out else WireClosedError
