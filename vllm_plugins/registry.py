@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 from typing import Any
 
@@ -34,8 +36,15 @@ def entry_points() -> dict[str, metadata.EntryPoint]:
     Raises:
         PluginError: Two distributions offer the same name.
     """
+    return dict(_scanned(metadata.entry_points, tuple(sys.path)))
+
+
+@lru_cache(maxsize=1)
+def _scanned(scan: Callable[..., Any], path: tuple[str, ...]) -> Mapping[str, metadata.EntryPoint]:
+    # Every distribution's metadata is read for it, 10 ms each time; who asks for one plug-in after
+    # another would pay that for each. Another path, or another way to look, is looked at anew.
     found: dict[str, metadata.EntryPoint] = {}
-    for point in metadata.entry_points(group=GROUP):
+    for point in scan(group=GROUP):
         if point.name in found and found[point.name].value != point.value:
             raise PluginError(
                 f"--plugin {point.name}",

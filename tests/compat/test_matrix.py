@@ -163,6 +163,24 @@ def test_chosen_versions_write_no_page(checkout):
     assert not grid.PAGE.exists()
 
 
+def test_the_newest_version_starts_first_and_is_shown_last(monkeypatch, capsys):
+    started = []
+
+    def try_version(version, *_):
+        started.append(version)
+        return outcome(version)
+
+    monkeypatch.setattr(matrix, "AT_A_TIME", 1)
+    monkeypatch.setattr(matrix, "project_folder", Path)
+    monkeypatch.setattr(matrix, "try_version", try_version)
+    versions = ["0.1.0", "0.2.0", "0.3.0"]
+    assert [o.version for o in matrix.run_all(versions, Path(), False)] == versions
+    assert started == versions[::-1]
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == [
+        "0.1.0:", "0.2.0:", "0.3.0:"
+    ]  # fmt: skip
+
+
 def test_outside_a_checkout_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert matrix.main([]) == 2

@@ -1,6 +1,7 @@
 """The whole ``vllm-plugins bench`` on a tiny model: servers, load, files, failures, Ctrl-C."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from tests.serving import ONE_PROCESS
 
 pytestmark = [pytest.mark.serve]
 
@@ -20,8 +23,8 @@ def command(model, out, *words):
 
 
 def run(model, out, *words):
-    words = command(model, out, *words)
-    return subprocess.run(words, capture_output=True, text=True, timeout=900, check=False)
+    words, env = command(model, out, *words), os.environ | ONE_PROCESS
+    return subprocess.run(words, capture_output=True, text=True, timeout=900, check=False, env=env)
 
 
 def processes_of(out):

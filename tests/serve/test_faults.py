@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving import served
+from tests.serving import WORKER_PROCESS, served
 
 pytestmark = pytest.mark.serve
 
@@ -86,7 +86,7 @@ def engine_process(server) -> int:
 def faults(model, *arguments: str) -> dict[str, object]:
     """Return what a server does under every fault, in comparable terms."""
     seen: dict[str, object] = {}
-    with served(model, *arguments) as server:
+    with served(model, *arguments, environment=WORKER_PROCESS) as server:
         seen["bad requests"] = [post(server, body) for body in BAD_BODIES]
         for _ in range(4):
             with streaming(server):

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests import models
-from tests.pd_servers import Pair, instances, prompt
+from tests.pd_servers import Pair, instances, nothing_more, prompt
 from vllm_plugins.kv_connectors.pd.reference import KEY
 
 pytestmark = [pytest.mark.serve, pytest.mark.alone]
@@ -50,11 +50,16 @@ def test_a_killed_decode_instance_leaves_nothing_behind(instances_of_two_and_one
             pair.decoded(tokens, params, max_tokens=500)
 
     before = pair.decode.metric("vllm_plugins:pd_received_bytes_total")
-    with ThreadPoolExecutor(3) as pool:
+    expired = pair.prefill.metric("vllm_plugins:pd_expired_leases_total")
+    with nothing_more(pair.prefill), ThreadPoolExecutor(3) as pool:
         readers = list(map(pool.submit, [read] * 6, prompts))
         while pair.decode.metric("vllm_plugins:pd_received_bytes_total") == before:
             assert not all(reader.done() for reader in readers), pair.recomputed()
         os.killpg(pair.decode.process.pid, signal.SIGKILL)
         pair.decode.process.wait()
-    pair.await_empty(32)
+        for reader in readers:
+            reader.result()
+        assert pair.prefill.metric("vllm_plugins:pd_held_blocks")
+        pair.await_empty(32)
+    assert pair.prefill.metric("vllm_plugins:pd_expired_leases_total") > expired
     assert pair.prefilled(prompts[0])

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.serving import served
+from tests.serving import WORKER_PROCESS, served
 
 pytestmark = pytest.mark.serve
 
@@ -20,7 +20,7 @@ WORDS = "t5 t17 t5 t80 t81 t82"
 @pytest.fixture(scope="module")
 def server(tiny_llama):
     arguments = ("--max-num-seqs", "16", "--max-num-batched-tokens", "256", *PLUGINS)
-    with served(tiny_llama, *arguments) as running:
+    with served(tiny_llama, *arguments, environment=WORKER_PROCESS) as running:
         yield running
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving import served
+from tests.serving import WORKER_PROCESS, served
 
 pytestmark = pytest.mark.serve
 
@@ -28,7 +28,7 @@ def environment(tmp_path_factory):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
-    return {"PYTHONPATH": path}
+    return {"PYTHONPATH": path, **WORKER_PROCESS}
 
 
 def test_the_example_is_small():

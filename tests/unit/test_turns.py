@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -74,3 +75,28 @@ def test_what_a_test_starts_shares_its_turn(tmp_path, monkeypatch):
     with turns.turn(alone=True), turns.turn(alone=True):
         pass
     assert turns.TAKEN not in os.environ
+
+
+def test_servers_go_after_who_is_alone_and_the_engine_comes_last():
+    def item(path, *marks):
+        marked = {name: name for name in marks}
+        return SimpleNamespace(path=turns.FOLDER / path, get_closest_marker=marked.get)
+
+    items = [
+        item("test_a.py"),
+        item("engine/test_a.py"),
+        item("compat/test_a.py"),
+        item("serve/test_a.py"),
+        item("serve/test_b.py", "alone"),
+        item("unit/test_a.py"),
+    ]
+    order = [str(i.path.relative_to(turns.FOLDER)) for i in sorted(items, key=turns.place)]
+    # The same place keeps the order of collection.
+    assert order == [
+        "unit/test_a.py",
+        "serve/test_b.py",
+        "serve/test_a.py",
+        "test_a.py",
+        "compat/test_a.py",
+        "engine/test_a.py",
+    ]
