@@ -176,10 +176,6 @@ def _scheduler_side(
     capacity = int((options.disk_gib if catalogue else options.host_gib) * GIB / bytes_per_token)
     writer = Metrics([ACTIVE, *metrics.ALL], engine_labels(config))
     writer.set(ACTIVE.name, 1, "kvshare")
-    for kind in ("exact", "blend"):
-        writer.inc(metrics.REQUESTS.name, 0, kind)
-    for kind in ("exact", "approximate"):
-        writer.inc(metrics.REUSED.name, 0, kind)
     if config.scheduler_config.scheduler_cls != SCHEDULER_HOST:
         # The scheduler host, where there is one, says this of all plug-ins.
         logger.info("vllm-plugins: kvshare is on (KV connector): %s", options.model_dump())

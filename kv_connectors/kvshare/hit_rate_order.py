@@ -4,13 +4,12 @@ A request that reuses most of its prompt is through soon, and while it waits wha
 evicted, so it goes first (KVShare, arXiv 2503.16525, abstract: admission by KV hit rate), among
 the requests of its tenant domain. The formula is **our guess**: the share of the prompt that is
 stored, plus the time it has waited over the time that weighs as much as a whole hit. Waiting adds
-up, so nobody waits for ever; and whoever was overtaken ``max_bypass`` times goes before all that
-were not, in order of arrival.
+up, so nobody waits for ever; and nobody is overtaken more than ``max_bypass`` times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,9 +19,11 @@ from vllm_plugins.kv_connectors.kvshare.metrics import BYPASSES
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-# Requests whose prompts are looked up anew in one step; each costs up to a millisecond per 1,000
-# tokens when the store has changed.
-LOOKED_UP_PER_STEP = 16
+    from vllm_plugins.kv_connectors.kvshare.scheduler_side import SchedulerSide
+
+# Prompt tokens that are looked up anew in one step when the store has changed; 1,000 take a
+# millisecond at most (`benchmarks/kvshare_planner.py`).
+LOOKED_UP_PER_STEP = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +32,24 @@ class Waiting:
 
     Attributes:
         arrived: When it arrived, in seconds.
+        place: When the one arrived in whose place it stands, of the same domain.
         hit: Share of its prompt that is stored, in [0, 1].
-        bypassed: How often a later one was admitted before it.
+        bypassed: How often a later one of its domain was admitted before it.
         started: Whether it has been answering already and was preempted.
         domain: Digest of the tenant domain; None where nothing is stored of the request.
     """
 
     arrived: float
+    place: float
     hit: float
     bypassed: int
     started: bool
     domain: bytes | None = None
+
+
+def places(waiting: Sequence[Waiting]) -> list[int]:
+    """Return the indices of waiting requests in the order of the places that they have."""
+    return sorted(range(len(waiting)), key=lambda i: (not waiting[i].started, waiting[i].place))
 
 
 def hit_rate_order(
@@ -53,28 +61,42 @@ def hit_rate_order(
         waiting: The requests.
         now: The time, in seconds.
         full_hit_seconds: Time of waiting that weighs as much as a whole prompt in the store.
-        max_bypass: Whoever was overtaken this often goes first.
+        max_bypass: Nobody is overtaken more often.
     """
 
-    def by_arrival(index: int) -> tuple[bool, float]:
-        return not waiting[index].started, waiting[index].arrived
-
-    def key(index: int) -> tuple[int, float, float]:
+    def rank(index: int) -> tuple[bool, float]:
         request = waiting[index]
-        if request.started:
-            return 0, request.arrived, 0.0
-        if request.bypassed >= max_bypass:
-            return 1, request.arrived, 0.0
-        return 2, -(request.hit + (now - request.arrived) / full_hit_seconds), request.arrived
+        worth = request.hit + (now - request.arrived) / full_hit_seconds
+        return not request.started, request.arrived if request.started else -worth
 
     # Each domain keeps the places that arrival gives it, so that nobody's wait tells what another
     # domain has stored.
-    places = sorted(range(len(waiting)), key=by_arrival)
+    by_place = places(waiting)
     own: dict[bytes | None, list[int]] = {}
-    for index in places:
+    for index in sorted(by_place, key=lambda i: (not waiting[i].started, waiting[i].arrived)):
         own.setdefault(waiting[index].domain, []).append(index)
-    turns = {domain: iter(sorted(indices, key=key)) for domain, indices in own.items()}
-    return [next(turns[waiting[index].domain]) for index in places]
+    turns = {
+        domain: _turns(waiting, arrived, sorted(arrived, key=rank), max_bypass)
+        for domain, arrived in own.items()
+    }
+    return [next(turns[waiting[index].domain]) for index in by_place]
+
+
+def _turns(
+    waiting: Sequence[Waiting], arrived: list[int], ranked: list[int], max_bypass: int
+) -> Iterator[int]:
+    """Yield a domain's requests by rank, but one that may not be overtaken again at once.
+
+    Only the first to arrive need be asked: whoever overtakes a later one overtakes it too.
+    """
+    gone: set[int] = set()
+    rest = iter(ranked)
+    for earlier, first in enumerate(arrived):
+        while first not in gone:
+            overtaken = waiting[first].bypassed + len(gone) - earlier
+            turn = first if overtaken >= max_bypass else next(i for i in rest if i not in gone)
+            gone.add(turn)
+            yield turn
 
 
 class HitRatePolicy(SchedulerPolicy):
@@ -90,57 +112,72 @@ class HitRatePolicy(SchedulerPolicy):
     def __init__(self, full_hit_seconds: float, max_bypass: int) -> None:
         self._full_hit_seconds = full_hit_seconds
         self._max_bypass = max_bypass
-        # In order of arrival.
         self._arrived: dict[str, float] = {}
+        self._place: dict[str, float] = {}
+        # Of those that were not admitted yet.
         self._bypassed: dict[str, int] = {}
-
-    def _share(self) -> Callable[[Request], float]:
-        share: Callable[[Request], float] = self.facts.kv_connector.scheduler.stored_share
-        return share
+        self._queue: list[tuple[Request, Waiting]] = []
 
     def added(self, request: Request, arrived: float) -> None:
         """Take a new request's arrival."""
-        self._arrived[request.request_id] = arrived
+        self._arrived[request.request_id] = self._place[request.request_id] = arrived
         self._bypassed[request.request_id] = 0
 
     def plan(self, plan: StepPlan) -> None:
         """Put the waiting queue in order before the step is scheduled."""
+        self._queue = []
         if len(plan.waiting) < 2:
             return
-        requests, share = list(plan.waiting), self._share()
-        domain = self.facts.kv_connector.scheduler.domain
-        waiting = [
-            Waiting(
-                self._arrived[request.request_id],
-                share(request) if place < LOOKED_UP_PER_STEP else 0.0,
-                # One that was preempted has been admitted before, and is not counted any more.
-                self._bypassed.get(request.request_id, 0),
-                request.num_output_tokens > 0,
-                domain(request),
-            )
-            for place, request in enumerate(requests)
-        ]
+        requests = list(plan.waiting)
+        waiting = self._look_at(requests)
         order = hit_rate_order(waiting, plan.now, self._full_hit_seconds, self._max_bypass)
+        for index, there in zip(order, places(waiting), strict=True):
+            self._place[requests[index].request_id] = waiting[there].place
+        self._queue = [(requests[index], waiting[index]) for index in order]
         if order != list(range(len(order))):
             plan.waiting.remove_requests(requests)
             for index in order:
                 plan.waiting.add_request(requests[index])
 
+    def _look_at(self, requests: Sequence[Request]) -> list[Waiting]:
+        side: SchedulerSide = self.facts.kv_connector.scheduler
+        shares = side.stored_shares(requests, LOOKED_UP_PER_STEP)
+        return [
+            Waiting(
+                self._arrived[request.request_id],
+                self._place[request.request_id],
+                share,
+                # One that was preempted has been admitted before, and is not counted any more.
+                self._bypassed.get(request.request_id, 0),
+                request.num_output_tokens > 0,
+                side.domain(request),
+            )
+            for request, share in zip(requests, shares, strict=True)
+        ]
+
     def scheduled(self, step: Step) -> None:
-        """Count who was overtaken."""
-        for data in step.output.scheduled_new_reqs:
-            arrived = self._arrived.get(data.req_id)
-            self._bypassed.pop(data.req_id, None)
-            if arrived is None:
-                continue
-            overtaken = [name for name in self._bypassed if self._arrived[name] < arrived]
-            for name in overtaken:
-                self._bypassed[name] += 1
-            if overtaken:
-                self.metric.inc(BYPASSES.name)
+        """Count who was overtaken by whom the step took from the queue, to run or to be loaded."""
+        left = set(step.plan.waiting)
+        passed: dict[bytes | None, list[str]] = {}
+        for request, known in self._queue:
+            name = request.request_id
+            if request in left and name in self._bypassed:
+                passed.setdefault(known.domain, []).append(name)
+        for request, known in self._queue:
+            if request not in left and self._bypassed.pop(request.request_id, None) is not None:
+                self._count(known.arrived, passed.get(known.domain, ()))
+
+    def _count(self, arrived: float, waiting: Collection[str]) -> None:
+        """Count those of a domain that still wait, but arrived before one that was admitted."""
+        overtaken = [name for name in waiting if self._arrived[name] < arrived]
+        for name in overtaken:
+            self._bypassed[name] += 1
+        if overtaken:
+            self.metric.inc(BYPASSES.name)
 
     def forget(self, request_ids: Collection[str]) -> None:
         """Drop finished requests."""
         for request_id in request_ids:
             self._arrived.pop(request_id, None)
+            self._place.pop(request_id, None)
             self._bypassed.pop(request_id, None)

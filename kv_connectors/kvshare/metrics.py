@@ -11,6 +11,15 @@ REQUESTS = MetricSpec(
     (),
     "kind",
 )
+REFUSED = MetricSpec(
+    "kvshare_refused_requests_total",
+    "counter",
+    "Requests that reused nothing, by reason: short (less than min_reuse tokens beyond the prefix "
+    "cache's hit), unknown (less than min_reuse of them stored), not_worth, media (or embeddings), "
+    "unsigned, full_prefill (log-probabilities of the prompt), failed, opted_out, operator.",
+    (),
+    "reason",
+)
 REUSED = MetricSpec(
     "kvshare_reused_tokens_total",
     "counter",
@@ -58,4 +67,16 @@ DEVIATION = MetricSpec(
 STORED = MetricSpec("kvshare_stored_tokens", "gauge", "Tokens whose KV is stored.")
 SEGMENTS = MetricSpec("kvshare_stored_segments", "gauge", "Segments that are stored.")
 
-ALL = (REQUESTS, REUSED, GAPS, RECOMPUTED, REFRESHED, DEVIATION, LOST, EVICTED, STORED, SEGMENTS)
+ALL = (
+    REQUESTS,
+    REFUSED,
+    REUSED,
+    GAPS,
+    RECOMPUTED,
+    REFRESHED,
+    DEVIATION,
+    LOST,
+    EVICTED,
+    STORED,
+    SEGMENTS,
+)

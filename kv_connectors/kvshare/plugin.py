@@ -84,20 +84,24 @@ class KVShareOptions(Options):
         0.05, ge=0, le=1, description="Least share of the reused tokens that is recomputed."
     )
     recompute_max: float = Field(
-        0.15, ge=0, le=1, description="Largest share of the reused tokens that is recomputed."
+        0.15,
+        ge=0,
+        le=1,
+        description="Largest share of the reused tokens that is recomputed; what stands alone "
+        "between two of them comes on top.",
     )
     link_tokens: int = Field(
         16,
         ge=0,
         le=256,
-        description="Tokens at the start of a reused text that dhd considers whatever they "
-        "deviate, and that epic recomputes.",
+        description="Tokens at the start of a reused text that dhd considers from skip_eps on, and "
+        "that epic recomputes.",
     )
     skip_eps: float = Field(
         1e-3,
         gt=0,
-        description="Mean deviation, relative to the values' norm, below which only recompute_min "
-        "is spent.",
+        description="Squared deviation of a token, over the values' mean squared norm, below "
+        "which dhd takes its KV for as good as new.",
     )
     theta: float = Field(
         2.0, gt=0, description="A token deviates highly from this many medians of deviation on."
@@ -109,7 +113,11 @@ class KVShareOptions(Options):
         "computed again; 0 never does.",
     )
     decode_k: int = Field(
-        32, ge=1, le=512, description="Most tokens that are computed again at one such time."
+        32,
+        ge=1,
+        le=512,
+        description="Most tokens of a request that are computed again at one such time, and never "
+        "more than fix_tokens_per_step.",
     )
     decode_budget: float = Field(
         0.05,
@@ -120,9 +128,9 @@ class KVShareOptions(Options):
     fix_tokens_per_step: int | None = Field(
         None,
         ge=1,
-        description="Tokens through all layers that blending may cost between two steps, so that "
-        "other requests' decodes go on. By default 2048, or --max-num-batched-tokens if that is "
-        "smaller.",
+        description="Tokens through all layers that blending, and computing again for requests "
+        "that decode (half of it at most), may cost between two steps, so that other requests' "
+        "decodes go on. By default 2048, or --max-num-batched-tokens if that is smaller.",
     )
     order: Literal["arrival", "hit_rate"] = Field(
         "arrival",
@@ -138,7 +146,8 @@ class KVShareOptions(Options):
     max_bypass: int = Field(
         8,
         ge=0,
-        description="With order=hit_rate, a request that was overtaken this often goes first.",
+        description="With order=hit_rate, no request is overtaken by later ones of its domain more "
+        "often.",
     )
     host_gib: float = Field(
         4.0, gt=0, description="Host memory for stored KV in each worker, in GiB."

@@ -12,6 +12,7 @@ so that nothing of the engine's own step has to be watched.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,11 +31,18 @@ class Stale:
         positions: Ascending, int64, shape (n,).
         deviation: d_i at the check layer, float32, shape (n,).
         allowance: Tokens that may still be recomputed while it decodes.
+        token_ids: The prompt as far as KV was put together, int32.
     """
 
     positions: np.ndarray
     deviation: np.ndarray
     allowance: int
+    token_ids: np.ndarray
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be recomputed, and are there."""
+        return min(self.allowance, len(self.positions))
 
     def take(self, index: np.ndarray) -> np.ndarray:
         """Remove tokens by index and return their positions; none is recomputed twice."""
@@ -68,45 +76,53 @@ def attention_mass(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 
 def refresh(
-    order: Refresh, stale: Stale, most: int, pages: KVPages, forward: PartialForward
-) -> int:
-    """Recompute the stale tokens that matter most to what is decoded now.
+    looks: Sequence[tuple[Refresh, Stale]], most: int, pages: KVPages, forward: PartialForward
+) -> list[int]:
+    """Recompute the stale tokens that matter most to what is decoded now, in passes for all.
 
     Args:
-        order: Where the request stands.
-        stale: Its stale tokens; those that are recomputed are taken out.
-        most: Most tokens to recompute.
+        looks: Where requests stand, and their stale tokens; those that are recomputed are taken
+            out. Some are left of each.
+        most: Most tokens of each to recompute.
         pages: The paged cache.
         forward: Runs tokens through the model.
 
     Returns:
-        The number of tokens that were recomputed.
+        The number of tokens of each that were recomputed.
     """
-    count = min(most, stale.allowance, len(stale.positions))
-    if count <= 0:
-        return 0
-    mass = _last_query_mass(order, pages, forward)
-    score = mass[torch.from_numpy(stale.positions)].numpy() * stale.deviation
-    chosen = np.sort(np.argsort(-score, kind="stable")[:count])
-    positions = stale.take(chosen)
-    rows = Rows(positions, order.block_ids, order.token_ids[positions])
-    forward.run([rows], range(pages.num_layers))
-    return len(positions)
+    masses = _last_query_masses([order for order, _ in looks], pages, forward)
+    parts: list[Rows] = []
+    for (order, stale), mass in zip(looks, masses, strict=True):
+        score = mass[stale.positions] * stale.deviation
+        chosen = np.argsort(-score, kind="stable")[: min(most, stale.left)]
+        positions = stale.take(np.sort(chosen))
+        parts.append(Rows(positions, order.block_ids, stale.token_ids[positions]))
+    forward.run(parts, range(pages.num_layers))
+    return [len(part.positions) for part in parts]
 
 
-def _last_query_mass(order: Refresh, pages: KVPages, forward: PartialForward) -> torch.Tensor:
-    """Return the attention of the request's last token, mean over layers, heads and ranks."""
+def _last_query_masses(
+    orders: Sequence[Refresh], pages: KVPages, forward: PartialForward
+) -> list[np.ndarray]:
+    """Return the attention of each request's last token, mean over layers, heads and ranks."""
     layers = observed_layers(pages.num_layers)
-    last = len(order.token_ids) - 1
-    row = Rows(np.array([last]), order.block_ids, order.token_ids[[last]])
-    with forward.queries_of(layers) as queries:
-        forward.run([row], range(layers[-1] + 1))
-    everything = np.arange(last + 1)
-    slots = torch.from_numpy(slot_mapping(order.block_ids, everything, pages.block_size))
-    slots = slots.to(pages.device)
-    masses = [
-        attention_mass(query[0].view(-1, pages.head_size), pages.read(layer, slots)[0])
-        for layer, query in zip(layers, queries, strict=True)
+    rows = [
+        Rows(np.array([o.position]), o.block_ids, np.array([o.token_id], np.int32)) for o in orders
     ]
-    # A sum over ranks serves as well as a mean: only the order of the scores is used.
-    return forward.sum_over_ranks(torch.stack(masses).mean(0))[0].cpu()
+    # One row each, so that all of them are in one pass.
+    with forward.queries_of(layers) as queries:
+        forward.run(rows, range(layers[-1] + 1))
+    masses = []
+    for index, order in enumerate(orders):
+        everything = np.arange(order.position + 1)
+        slots = torch.from_numpy(slot_mapping(order.block_ids, everything, pages.block_size))
+        slots = slots.to(pages.device)
+        own = [
+            attention_mass(query[index].view(-1, pages.head_size), pages.read(layer, slots)[0])
+            for layer, query in zip(layers, queries, strict=True)
+        ]
+        masses.append(torch.stack(own).mean(0))
+    # A sum over ranks serves as well as a mean: only the order of the scores is used. Whoever waits
+    # for the device waits once.
+    together = forward.sum_over_ranks(torch.cat(masses))[0].cpu().numpy()
+    return np.split(together, np.cumsum([order.position + 1 for order in orders])[:-1])

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vllm_plugins.kv_connectors.kvshare.operator_desk import Order
     from vllm_plugins.kv_connectors.kvshare.planner import Plan
     from vllm_plugins.kv_connectors.kvshare.segments import Segment, Tokens
+    from vllm_plugins.kv_connectors.kvshare.tally import Refusal
 
 
 @dataclass
@@ -19,8 +20,9 @@ class RequestState:
 
     Attributes:
         request: vLLM's own object.
-        tokens: Its prompt, int32, shape (n,).
+        tokens: Its prompt, int32, shape (n,); empty where token ids do not say what its KV is.
         domain: Digest of the tenant domain; None where it shares with nobody.
+        refusal: Why the last look-up promised nothing; None where it did, or once that is counted.
         planned: The last plan, whether or not it was carried out.
         used: The plan by which its KV was made; None where nothing was reused.
         pinned: Segments that are kept until the workers have read them.
@@ -37,6 +39,7 @@ class RequestState:
     request: Request
     tokens: Tokens
     domain: bytes | None
+    refusal: Refusal | None = None
     planned: Plan | None = None
     used: Plan | None = None
     pinned: list[Segment] = field(default_factory=list)
@@ -50,17 +53,34 @@ class RequestState:
     answer: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def may_reuse(self) -> bool:
-        """Whether stored KV may serve it."""
-        barred = self.domain is None or self.declined or self.order is not None
-        return not barred and wants(self.request, "reuse")
+    def barred(self) -> Refusal | None:
+        """Why stored KV may not serve it, whatever is stored; None where it may."""
+        if is_mixed(self.request):
+            return "media"
+        if self.order is not None:
+            return "operator"
+        if self.domain is None:
+            return "unsigned"
+        if not wants(self.request, "reuse"):
+            return "opted_out"
+        if self.request.skip_reading_prefix_cache:
+            return "full_prefill"
+        return "failed" if self.declined else None
 
     @property
     def may_store(self) -> bool:
         """Whether its KV may be stored, once complete."""
         if self.order is not None:
             return self.order.do == "register"
+        if is_mixed(self.request):
+            return False
         return self.domain is not None and wants(self.request, "store")
+
+
+def is_mixed(request: Request) -> bool:
+    """Whether a prompt has images or embeddings, so that token ids do not say what its KV is."""
+    embedded = request.prompt_embeds is not None or request.prompt_token_ids is None
+    return embedded or bool(request.mm_features)
 
 
 def wants(request: Request, what: str) -> bool:

@@ -55,12 +55,6 @@ class PositionShift:
         self._rotary_dim: int = rotary.rotary_dim
         self._neox: bool = rotary.is_neox_style
 
-    @property
-    def fingerprint(self) -> str:
-        """Names what a stored key depends on besides the weights."""
-        length, half = self._table.shape
-        return f"{length}-{half}-{self._neox}-{self._table[-1].sum():.6e}"
-
     def __call__(
         self, keys: torch.Tensor, source: torch.Tensor, target: torch.Tensor
     ) -> torch.Tensor:

@@ -7,6 +7,7 @@ the workers make that true (``blend.py``) and is then scheduled from the end of 
 from __future__ import annotations
 
 import os
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,10 +18,12 @@ from vllm_plugins.kv_connectors.kvshare import metrics as m
 from vllm_plugins.kv_connectors.kvshare.chunking import ChunkSizes
 from vllm_plugins.kv_connectors.kvshare.domains import Domains
 from vllm_plugins.kv_connectors.kvshare.index import SegmentIndex, Stored
+from vllm_plugins.kv_connectors.kvshare.offers import Offers
 from vllm_plugins.kv_connectors.kvshare.operator_desk import OperatorDesk, operator_orders
 from vllm_plugins.kv_connectors.kvshare.planner import Plan, Planner
-from vllm_plugins.kv_connectors.kvshare.request_state import RequestState
-from vllm_plugins.kv_connectors.kvshare.segments import Segment, as_tokens
+from vllm_plugins.kv_connectors.kvshare.request_state import RequestState, is_mixed
+from vllm_plugins.kv_connectors.kvshare.segments import as_tokens
+from vllm_plugins.kv_connectors.kvshare.tally import Tally
 from vllm_plugins.kv_connectors.kvshare.transfer import (
     Label,
     Orders,
@@ -32,6 +35,8 @@ from vllm_plugins.kv_connectors.kvshare.transfer import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
@@ -41,8 +46,6 @@ if TYPE_CHECKING:
     from vllm_plugins.kv_connectors.kvshare.plugin import KVShareOptions
     from vllm_plugins.metrics import Metrics
 
-# Blending must promise to save this share of a span's work, or the request is left alone.
-LEAST_SAVING = 0.1
 # Ends of a request that reach its sender; an aborted one has none any more.
 ANSWERED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
@@ -69,9 +72,6 @@ class SchedulerSide:
         catalogue: Catalogue | None = None,
     ) -> None:
         self._options = options
-        self._block = block_size
-        # Share of a token's work that is spent on it even when it is reused.
-        self._always = (options.check_layer + 1) / layers
         self.index = SegmentIndex(capacity)
         self._catalogue = catalogue
         self._domains = Domains(options, catalogue.domain_key if catalogue else os.urandom(32))
@@ -85,8 +85,12 @@ class SchedulerSide:
             public,
             exact_only=options.mode == "exact_only",
         )
+        self._offers = Offers(options, self._planner, self.index, block_size, layers)
         self._desk = OperatorDesk(operator_orders(options), self.index, public)
-        self._metrics = metrics
+        self._metrics, self._tally = metrics, Tally(metrics)
+        # Looks in one step; they take half of the workers' slice, so that blending goes on.
+        assert options.fix_tokens_per_step is not None
+        self._looks = max(1, options.fix_tokens_per_step // 2 // (options.decode_k + 1))
         self._states: dict[str, RequestState] = {}
         self._orders = Orders()
         self._blocks: KVCacheManager | None = None
@@ -118,37 +122,43 @@ class SchedulerSide:
             computed: Tokens that the prefix cache holds for it, a multiple of the block size.
         """
         state = self._state(request)
-        if state is None or not state.may_reuse:
+        state.refusal = state.barred or self._offers.plan(state, computed)
+        if state.refusal is not None:
             return 0
-        plan = self._plan(state, computed)
-        return 0 if plan is None else plan.end - computed
+        assert state.planned is not None
+        return state.planned.end - computed
 
-    def stored_share(self, request: Request) -> float:
-        """Return the share of a waiting request's prompt that is stored, in [0, 1]."""
-        state = self._state(request)
-        if state is None or state.domain is None or not state.may_reuse:
-            return 0.0
-        if state.share_version != self.index.version:
-            plan = self._planner.plan(state.domain, state.tokens, 0, len(state.tokens))
-            state.share = plan.reused / max(len(state.tokens), 1)
-            state.share_version = self.index.version
-        return state.share
+    def stored_shares(self, requests: Sequence[Request], most: int) -> list[float]:
+        """Return the share of each waiting request's prompt that is stored, in [0, 1].
+
+        Args:
+            requests: Waiting requests.
+            most: Prompt tokens to look up anew, whose last look-up is oldest; the last prompt may
+                exceed it. The share of the others is as of their last look-up, and 0 before it.
+        """
+        states = [self._states.get(request.request_id) for request in requests]
+        versions = [-1 if state is None else state.share_version for state in states]
+        left = most
+        for index in sorted(range(len(requests)), key=versions.__getitem__):
+            if left <= 0 or versions[index] == self.index.version:
+                break
+            state = states[index] = self._state(requests[index])
+            left -= self._offers.measure_share(state)
+        return [0.0 if state is None else state.share for state in states]
 
     def domain(self, request: Request) -> bytes | None:
         """Return the digest of a request's tenant domain; None where it shares with nobody."""
         return self._domains.of(request.cache_salt)
 
-    def _state(self, request: Request) -> RequestState | None:
-        """Return a request's state; None where its text does not say what its KV is."""
+    def _state(self, request: Request) -> RequestState:
         state = self._states.get(request.request_id)
         if state is None:
-            mixed = request.mm_features or request.prompt_embeds is not None
-            if request.prompt_token_ids is None or mixed:
-                return None
-            tokens = as_tokens(request.prompt_token_ids)
+            mixed = is_mixed(request)
+            tokens = as_tokens(() if mixed else request.prompt_token_ids or ())
             state = RequestState(request, tokens, self.domain(request))
             self._states[request.request_id] = state
-            self._take_order(state)
+            if not mixed:
+                self._take_order(state)
         return state
 
     def _take_order(self, state: RequestState) -> None:
@@ -162,35 +172,6 @@ class SchedulerSide:
         else:
             state.domain = self._domains.public
 
-    def _plan(self, state: RequestState, computed: int) -> Plan | None:
-        """Plan from the end of the prefix hit on; None where reuse does not pay."""
-        assert state.domain is not None
-        known = state.planned
-        if known is None or known.start != computed or known.version != self.index.version:
-            # The last token is always computed by vLLM, which samples from it.
-            last = min(len(state.tokens), state.request.num_tokens - 1)
-            end = last // self._block * self._block
-            if end - computed < self._options.min_reuse:
-                return None
-            known = self._planner.plan(state.domain, state.tokens, computed, end)
-            exact_only = self._options.mode == "exact_only"
-            state.planned = known.shortened(self._block, exact_only)
-        return self._worth_it(state.planned)
-
-    def _worth_it(self, plan: Plan | None) -> Plan | None:
-        if plan is None or plan.reused < self._options.min_reuse:
-            return None
-        if plan.is_exact:
-            return plan
-        recomputed = self._options.recompute_max * plan.reused
-        gaps = plan.end - plan.start - plan.reused
-        span = plan.end - plan.start
-        work = self._always * span + (1 - self._always) * (gaps + recomputed)
-        # At its neutral setting the plug-in recomputes everything, which pays nobody: it is for
-        # measuring, and whoever sets it wants it done.
-        neutral = self._options.recompute_min == 1.0
-        return plan if neutral or work <= (1 - LEAST_SAVING) * span else None
-
     def admitted(self, request: Request, promised: int) -> None:
         """Order what was promised, now that the request has its blocks.
 
@@ -200,6 +181,7 @@ class SchedulerSide:
         """
         state = self._states.get(request.request_id)
         if state is None or not promised:
+            self._refuse(state)
             return
         plan = state.planned
         assert plan is not None and plan.end - plan.start == promised
@@ -221,14 +203,13 @@ class SchedulerSide:
                 exact,
             )
         )
-        self._count(plan, exact)
 
-    def _count(self, plan: Plan, exact: bool) -> None:
-        exact_tokens = sum(run.length for run in plan.runs if run.exact)
-        self._metrics.inc(m.REQUESTS.name, 1, "exact" if exact else "blend")
-        self._metrics.inc(m.REUSED.name, exact_tokens, "exact")
-        self._metrics.inc(m.REUSED.name, plan.reused - exact_tokens, "approximate")
-        self._metrics.inc(m.GAPS.name, plan.end - plan.start - plan.reused)
+    def _refuse(self, state: RequestState | None) -> None:
+        """Count a request that is computed in full; one that was preempted has been counted."""
+        if state is not None and state.refusal is not None:
+            if not state.request.num_preemptions:
+                self._tally.refused(state.refusal)
+            state.refusal = None
 
     def _taint(self, request: Request, position: int) -> None:
         """Keep approximate blocks out of the exact prefix cache.
@@ -251,14 +232,17 @@ class SchedulerSide:
 
     def orders(self, output: SchedulerOutput) -> Orders:
         """Return what the workers have to do in this step."""
+        due: list[tuple[int, RequestState]] = []
         for request_id, scheduled in output.num_scheduled_tokens.items():
             state = self._states.get(request_id)
             if state is None:
                 continue
             if not state.stored:
                 self._store_if_complete(state, scheduled)
-            if state.refreshed is not None:
-                self._refresh_if_due(state, state.refreshed)
+            since = self._tokens_since_look(state)
+            if since >= self._options.decode_interval:
+                due.append((since, state))
+        self._order_looks(due)
         orders, self._orders = self._orders, Orders()
         # What one request of this step stored may have made room for the next one's already.
         gone = set(orders.evicted)
@@ -284,14 +268,11 @@ class SchedulerSide:
             state.answer, gone = self._desk.registered(state.order, stored)
             self._orders.evicted += gone
         blocks = self._block_ids(request.request_id)
-        self._orders.saves += [
-            Save(segment.key, segment.position, len(segment), blocks, self._label(segment))
-            for segment in stored.segments
-            if segment is not None
-        ]
-
-    def _label(self, segment: Segment) -> Label | None:
-        return None if self._catalogue is None else Label.of(segment)
+        for segment in stored.segments:
+            if segment is not None:
+                label = None if self._catalogue is None else Label.of(segment)
+                place = segment.key, segment.position, len(segment)
+                self._orders.saves.append(Save(*place, blocks, label))
 
     def _store(self, state: RequestState) -> Stored:
         assert state.domain is not None
@@ -305,31 +286,51 @@ class SchedulerSide:
         )
         return self.index.store(state.domain, drafts)
 
-    def _refresh_if_due(self, state: RequestState, last: int) -> None:
-        request = state.request
-        if request.num_preemptions:
+    def _tokens_since_look(self, state: RequestState) -> int:
+        """Return what was generated since the last look at stale tokens; -1 where none are left."""
+        if state.request.num_preemptions:
             state.refreshed = None
-        elif request.num_output_tokens - last >= self._options.decode_interval:
+        if state.refreshed is None:
+            return -1
+        return state.request.num_output_tokens - state.refreshed
+
+    def _order_looks(self, due: list[tuple[int, RequestState]]) -> None:
+        """Have the stale tokens of those looked at who wait longest; the others stay due."""
+        due.sort(key=itemgetter(0), reverse=True)
+        for _, state in due[: self._looks]:
+            request, name = state.request, state.request.request_id
             state.refreshed = request.num_output_tokens
             # The last token was sampled from the one before it, whose KV is therefore computed
             # however many steps are in flight.
-            known = as_tokens(request.all_token_ids)[: request.num_tokens - 1]
-            self._orders.refreshes.append(
-                Refresh(request.request_id, known, self._block_ids(request.request_id))
-            )
+            last = request.num_tokens - 2
+            token_id = request.all_token_ids[last]
+            self._orders.refreshes.append(Refresh(name, last, token_id, self._block_ids(name)))
 
     def heard(self, output: KVConnectorOutput) -> None:
         """Take the workers' report."""
+        results = output.kv_connector_worker_meta
+        if isinstance(results, Results):
+            self._take_counts(results)
         for request_id in output.finished_recving or ():
             self._release(request_id)
-        results = output.kv_connector_worker_meta
         if isinstance(results, Results):
             self._lose(results.lost)
             self._decline(results.failed)
-            self._metrics.inc(m.RECOMPUTED.name, sum(results.recomputed.values()))
-            self._metrics.inc(m.REFRESHED.name, sum(results.refreshed.values()))
-            for counts, total in results.deviations.values():
-                self._metrics.observe_counts(m.DEVIATION.name, counts, total)
+
+    def _take_counts(self, results: Results) -> None:
+        """Count what is complete by now, however its requests end."""
+        for request_id in results.recomputed:
+            state = self._states.get(request_id)
+            if state is not None and state.used is not None:
+                self._tally.reused(state.used)
+        for request_id, count in results.refreshed.items():
+            state = self._states.get(request_id)
+            if state is not None and not count:
+                state.refreshed = None
+        self._metrics.inc(m.RECOMPUTED.name, sum(results.recomputed.values()))
+        self._metrics.inc(m.REFRESHED.name, sum(results.refreshed.values()))
+        for counts, total in results.deviations.values():
+            self._metrics.observe_counts(m.DEVIATION.name, counts, total)
 
     def _release(self, request_id: str) -> None:
         state = self._states.get(request_id)
@@ -356,7 +357,7 @@ class SchedulerSide:
         for request_id in request_ids:
             state = self._states.get(request_id)
             if state is not None:
-                state.declined, state.refreshed = True, None
+                state.declined, state.refreshed, state.refusal = True, None, "failed"
                 if not state.request.num_preemptions:
                     # Else the prefix cache may have given back what an earlier plan made.
                     state.used = None

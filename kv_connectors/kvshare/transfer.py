@@ -156,12 +156,14 @@ class Refresh:
 
     Attributes:
         request_id: The request.
-        token_ids: Its tokens up to the last one whose KV is computed, int32, shape (n,).
+        position: Position of the last token whose KV is computed.
+        token_id: That token.
         block_ids: KV blocks of the request from its first token on, int32.
     """
 
     request_id: str
-    token_ids: np.ndarray
+    position: int
+    token_id: int
     block_ids: np.ndarray
 
 
@@ -199,7 +201,7 @@ class Results(KVConnectorWorkerMetadata):
         lost: Segments that could not be loaded.
         failed: Requests that are given up because of that.
         recomputed: By request that is ready: how many reused tokens were computed again.
-        refreshed: By decoding request: how many were, in this step.
+        refreshed: By decoding request: how many were, in this step; 0 where none may be any more.
         deviations: By request that is ready: the relative deviations of its reused tokens, as
             counts of the buckets of the metric, and their sum.
     """

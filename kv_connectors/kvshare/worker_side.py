@@ -46,6 +46,8 @@ class WorkerSide:
         assert options.fix_tokens_per_step is not None
         self._options = options
         self._slice = options.fix_tokens_per_step
+        # One look costs no more than a slice either.
+        self._refreshed_at_once = min(options.decode_k, self._slice)
         self._folder = folder
         self._kitchen: Kitchen | None = None
         self._blends: dict[str, Blend] = {}
@@ -119,23 +121,29 @@ class WorkerSide:
             # may have cancelled what was complete by then, which it hears of already.
             if request_id in self._blends:
                 self._end(self._blends[request_id])
-        budget = float(self._slice)
-        for refresh_order in orders.refreshes:
-            budget -= self._refresh(refresh_order)
-        self._advance(budget)
+        self._advance(float(self._slice - self._refresh(orders.refreshes)))
 
-    def _refresh(self, order: Refresh) -> int:
-        stale = self._stale.get(order.request_id)
-        if stale is None:
+    def _refresh(self, orders: list[Refresh]) -> int:
+        """Look at decoding requests, and return what that cost, in tokens.
+
+        All of them now: until the next step, but not longer, their blocks are sure to be theirs.
+        """
+        looks: list[tuple[Refresh, Stale]] = []
+        for order in orders:
+            stale = self._stale.get(order.request_id)
+            if stale is not None and stale.left > 0:
+                looks.append((order, stale))
+            else:
+                self._stale.pop(order.request_id, None)
+                self._results.refreshed[order.request_id] = 0
+        if not looks:
             return 0
         kitchen = self.kitchen
-        count = refresh(order, stale, self._options.decode_k, kitchen.pages, kitchen.forward)
-        if count:
+        counts = refresh(looks, self._refreshed_at_once, kitchen.pages, kitchen.forward)
+        for (order, _), count in zip(looks, counts, strict=True):
             self._results.refreshed[order.request_id] = count
-        else:
-            del self._stale[order.request_id]
-        # The look itself is one token's work at most.
-        return count + 1
+        # A look itself is one token's work at most.
+        return sum(counts) + len(looks)
 
     def _advance(self, budget: float) -> None:
         """Spend what is left of a step's budget on who can go on, first come first served."""

@@ -29,6 +29,9 @@ def prompt(*order, question=7):
 ORDERS = [(0, 1, 2), (2, 0, 1), (3, 1), (1, 3, 0), (4, 2, 3, 0), (0,), (2, 4)]
 PROMPTS = [prompt(*order, question=9 * i + 2) for i, order in enumerate(ORDERS)]
 
+# Likeliest tokens at each place whose log-probabilities are compared.
+LOGPROBS = 20
+
 
 class Served:
     """An engine with access to what KVShare keeps in it."""
@@ -50,10 +53,16 @@ class Served:
 
         return get_kv_transfer_group().worker
 
-    def greedy(self, prompts, salt=None, tokens=6, extra=None):
+    def greedy(self, prompts, salt=None, tokens=6, extra=None, logprobs=None):
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=extra)
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=tokens,
+            ignore_eos=True,
+            extra_args=extra,
+            logprobs=logprobs,
+        )
         inputs = [{"prompt_token_ids": p} | ({"cache_salt": salt} if salt else {}) for p in prompts]
         return self.llm.generate(inputs, params, use_tqdm=False)
 
@@ -101,16 +110,37 @@ def tokens_of(outputs):
 
 
 @cache
-def stock_answers():
-    """Stock vLLM's greedy answers to `PROMPTS`; no other engine may be up at the first call."""
+def stock_outputs():
+    """Stock vLLM's greedy answers to `PROMPTS`, with the log-probabilities of some tokens.
+
+    No other engine may be up at the first call.
+    """
     from vllm import SamplingParams
 
     with served(None) as llm:
-        params = SamplingParams(temperature=0, max_tokens=96, ignore_eos=True)
+        params = SamplingParams(temperature=0, max_tokens=96, ignore_eos=True, logprobs=LOGPROBS)
         inputs = [{"prompt_token_ids": p} for p in PROMPTS]
-        outputs = [llm.generate([i], params, use_tqdm=False)[0] for i in inputs]
-    return tokens_of(outputs)
+        return [llm.generate([i], params, use_tqdm=False)[0] for i in inputs]
+
+
+def stock_answers():
+    """The token ids of `stock_outputs`."""
+    return tokens_of(stock_outputs())
 
 
 def assert_stock(outputs, stock, tokens=6):
     assert tokens_of(outputs) == [answer[:tokens] for answer in stock]
+
+
+def logprob_error(outputs, references):
+    """Largest difference of a log-probability, over tokens that are likely in both."""
+    worst = 0.0
+    for output, reference in zip(outputs, references, strict=True):
+        for ours, theirs in zip(
+            output.outputs[0].logprobs, reference.outputs[0].logprobs, strict=False
+        ):
+            common = ours.keys() & theirs.keys()
+            # The last of them may be as likely as the first that is left out.
+            assert len(common) > LOGPROBS / 2
+            worst = max(worst, *(abs(ours[t].logprob - theirs[t].logprob) for t in common))
+    return worst

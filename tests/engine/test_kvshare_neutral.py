@@ -3,11 +3,14 @@
 import pytest
 
 from tests.engine.kvshare_engine import (
+    LOGPROBS,
     NEUTRAL,
     PROMPTS,
     assert_stock,
+    logprob_error,
     prompt,
     served,
+    stock_outputs,
 )
 
 pytestmark = pytest.mark.engine
@@ -22,8 +25,9 @@ def neutral(stock):
 def test_everything_recomputed_equals_stock(neutral, stock):
     """One after the other, so that later prompts reuse the earlier ones' documents."""
     neutral.forget()
-    outputs = [neutral.greedy([p])[0] for p in PROMPTS]
+    outputs = [neutral.greedy([p], logprobs=LOGPROBS)[0] for p in PROMPTS]
     assert_stock(outputs, stock)
+    assert logprob_error(outputs, stock_outputs()) < 1e-3
     cached = [output.num_cached_tokens for output in outputs]
     assert cached[0] == 0
     # (2, 0, 1) is made of what (0, 1, 2) stored, in another order.

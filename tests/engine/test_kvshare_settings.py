@@ -79,7 +79,8 @@ def test_decoding_makes_stale_tokens_fresh_within_its_budget():
     from vllm_plugins.engine.partial_forward import Rows
 
     spec = "kvshare:recompute_min=0,recompute_max=0,link_tokens=0,decode_interval=4,decode_k=512"
-    with served(f"{spec},decode_budget=1") as engine:
+    # A look costs no more than a step.
+    with served(f"{spec},decode_budget=1", max_num_batched_tokens=1024) as engine:
         engine.greedy([prompt(0, 1, 2)])
         name = engine.add(PROMPTS[1], tokens=12)
         while not engine.worker._stale:
@@ -114,7 +115,7 @@ def test_decoding_spends_no_more_than_its_share():
         engine.greedy([prompt(0, 1, 2)])
         refreshed = []
         lookup = engine.worker._refresh
-        engine.worker._refresh = lambda order: refreshed.append(lookup(order)) or 1
+        engine.worker._refresh = lambda orders: refreshed.append(lookup(orders)) or 1
         [output] = engine.greedy([PROMPTS[1]], tokens=40)
         reused = output.num_cached_tokens
         # The look itself counts as one token.

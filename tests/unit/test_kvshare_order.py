@@ -1,22 +1,30 @@
 """Order of waiting requests by how much of their prompt is stored."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from vllm_plugins.kv_connectors.kvshare.hit_rate_order import Waiting, hit_rate_order
+from vllm.v1.core.sched.request_queue import FCFSRequestQueue
+
+from vllm_plugins.engine.policy import SchedulerFacts, Step, StepPlan
+from vllm_plugins.kv_connectors.kvshare.hit_rate_order import (
+    HitRatePolicy,
+    Waiting,
+    hit_rate_order,
+)
 
 
 def order(*waiting, now=100.0, full=5.0, most=8):
     return hit_rate_order(waiting, now, full, most)
 
 
-def waiting(arrived=100.0, hit=0.0, bypassed=0, started=False, domain=None):
-    return Waiting(arrived, hit, bypassed, started, domain)
+def waiting(arrived=100.0, hit=0.0, bypassed=0, started=False, domain=None, place=None):
+    return Waiting(arrived, arrived if place is None else place, hit, bypassed, started, domain)
 
 
 def test_who_has_most_stored_goes_first_and_equals_keep_their_order():
@@ -29,16 +37,23 @@ def test_waiting_weighs_up_a_hit():
 
 
 def test_whoever_was_overtaken_often_goes_before_all_others():
-    assert order(waiting(hit=1.0), waiting(bypassed=8)) == [1, 0]
-    assert order(waiting(hit=1.0), waiting(bypassed=7)) == [0, 1]
+    assert order(waiting(arrived=99.0, bypassed=8), waiting(hit=1.0)) == [0, 1]
+    assert order(waiting(arrived=99.0, bypassed=7), waiting(hit=1.0)) == [1, 0]
+
+
+def test_no_more_go_before_in_one_step_than_may():
+    late = [waiting(hit=1.0) for _ in range(5)]
+    assert order(waiting(arrived=99.0, bypassed=6), *late) == [1, 2, 0, 3, 4, 5]
 
 
 def test_a_preempted_answer_goes_first():
-    assert order(waiting(bypassed=9), waiting(hit=1.0), waiting(started=True)) == [2, 0, 1]
+    requests = waiting(arrived=90.0, bypassed=9), waiting(hit=1.0), waiting(started=True)
+    assert order(*requests) == [2, 0, 1]
 
 
 WAITING = st.builds(
     Waiting,
+    st.floats(0, 100),
     st.floats(0, 100),
     st.floats(0, 1),
     st.integers(0, 12),
@@ -64,14 +79,107 @@ def test_nobody_is_left_out(requests):
     assert sorted(hit_rate_order(requests, 100.0, 5.0, 8)) == list(range(len(requests)))
 
 
-def test_no_request_is_overtaken_more_often_than_allowed():
-    """A stream of full hits against one without: it is through after max_bypass of them."""
-    lonely, passed = waiting(arrived=0.0), 0
-    while True:
-        now = passed * 0.001
-        hit = Waiting(now, 1.0, 0, False)
-        lonely = Waiting(0.0, 0.0, passed, False)
-        if hit_rate_order([lonely, hit], now, 1e6, 8)[0] == 0:
-            break
-        passed += 1
-    assert passed == 8
+@dataclass(eq=False)
+class Request:
+    request_id: str
+    domain: bytes | None
+    hit: float
+    num_output_tokens: int = 0
+
+
+class Queue:
+    """The policy over vLLM's own waiting queue, and admissions from its head.
+
+    Args:
+        requests: Domain and stored share of each, in order of arrival, one a second.
+        max_bypass: See the policy.
+    """
+
+    def __init__(self, requests, max_bypass=8):
+        self.bypasses, self.now = 0, 0.0
+        self.policy = HitRatePolicy(1e6, max_bypass)
+        side = SimpleNamespace(
+            domain=lambda request: request.domain,
+            stored_shares=lambda requests, most: [request.hit for request in requests],
+        )
+        facts = SchedulerFacts(1000, 1, 1, lambda: self.now, SimpleNamespace(scheduler=side))
+        self.policy.bind(facts, SimpleNamespace(inc=self.count))
+        self.waiting = FCFSRequestQueue()
+        for number, (domain, hit) in enumerate(requests):
+            self.arrive(str(number), domain, hit)
+
+    def count(self, name):
+        self.bypasses += 1
+
+    def arrive(self, name, domain, hit):
+        self.now += 1.0
+        request = Request(name, domain, hit)
+        self.policy.added(request, self.now)
+        self.waiting.add_request(request)
+
+    def step(self, admitted):
+        """Admit so many; those with something stored are loaded first, and run in no step yet."""
+        plan = StepPlan(self.now, [], self.waiting, len(self.waiting), 1000, lambda request: True)
+        self.policy.plan(plan)
+        gone = [self.waiting.pop_request() for _ in range(min(admitted, len(self.waiting)))]
+        new = [SimpleNamespace(req_id=r.request_id) for r in gone if not r.hit]
+        self.policy.scheduled(Step(plan, SimpleNamespace(scheduled_new_reqs=new), self.now))
+        return [request.request_id for request in gone]
+
+    def run(self, steps):
+        admitted = [self.step(count) for count in steps]
+        while self.waiting:
+            admitted.append(self.step(1))
+        return admitted
+
+
+HITS = st.lists(
+    st.tuples(st.sampled_from([b"one", b"two"]), st.sampled_from([0.0, 0.5, 1.0])),
+    min_size=2,
+    max_size=10,
+)
+
+
+@given(HITS, st.lists(st.integers(0, 3), max_size=6), st.integers(0, 3))
+# A hit of the first domain goes first, and the second domain's request is overtaken.
+@example([(b"one", 0.0), (b"two", 0.0), (b"two", 1.0), (b"one", 1.0)], [1], 1)
+def test_what_one_domain_has_stored_moves_no_other_in_any_step(requests, steps, max_bypass):
+    def others(found):
+        names = [[n for n in step if requests[int(n)][0] == b"two"] for step in found]
+        return names, [len(step) for step in found]
+
+    empty = [(domain, 0.0 if domain == b"one" else hit) for domain, hit in requests]
+    runs = [Queue(some, max_bypass).run(steps) for some in (requests, empty)]
+    assert others(runs[0]) == others(runs[1])
+
+
+@given(HITS, st.lists(st.integers(0, 3), max_size=6), st.integers(0, 3))
+def test_no_request_is_overtaken_more_often_than_allowed(requests, steps, max_bypass):
+    queue = Queue(requests, max_bypass)
+    admitted = [(step, int(n)) for step, names in enumerate(queue.run(steps)) for n in names]
+
+    def overtaken(place):
+        step, number = admitted[place]
+        later = [(s, n) for s, n in admitted[place:] if requests[n][0] == requests[number][0]]
+        return [s > step for s, n in later if n < number]
+
+    for place, (_, number) in enumerate(admitted):
+        before = [n for _, n in admitted[:place] if requests[n][0] == requests[number][0]]
+        assert sum(n > number for n in before) <= max_bypass
+    # Who goes in the same step does not wait any longer.
+    assert queue.bypasses == sum(any(overtaken(place)) for place in range(len(admitted)))
+
+
+def test_a_stream_of_hits_lets_who_has_none_through():
+    queue = Queue([(None, 0.0)])
+    for number in range(1, 10):
+        queue.arrive(str(number), None, 1.0)
+        admitted = queue.step(1)
+    assert admitted == ["0"]
+    assert queue.bypasses == 8
+
+
+def test_who_is_being_loaded_is_not_overtaken():
+    queue = Queue([(None, 1.0), (None, 0.0), (None, 0.0)])
+    assert queue.run([]) == [["0"], ["1"], ["2"]]
+    assert queue.bypasses == 0

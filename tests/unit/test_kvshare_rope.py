@@ -16,7 +16,9 @@ SCALINGS = {
     "plain": {"rope_type": "default", "rope_theta": 10000.0},
     "partial": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "ntk": {"rope_type": "ntk", "rope_theta": 10000.0, "factor": 2.0},
     "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    "dynamic alpha": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0},
     "llama3": {
         "rope_type": "llama3",
         "rope_theta": 500000.0,

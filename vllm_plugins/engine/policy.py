@@ -39,6 +39,7 @@ class SchedulerFacts:
         pipeline_stages: Pipeline-parallel size.
         clock: Monotonic time in seconds; virtual in a simulation.
         kv_connector: The scheduler's part of the KV connector, if there is one.
+        kv_cache_manager: vLLM's own, which knows the blocks of every request.
     """
 
     max_tokens: int
@@ -46,6 +47,7 @@ class SchedulerFacts:
     pipeline_stages: int
     clock: Callable[[], float]
     kv_connector: Any = None
+    kv_cache_manager: Any = None
 
 
 class StepPlan:

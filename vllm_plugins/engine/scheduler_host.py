@@ -89,6 +89,7 @@ class _PolicyHost(Scheduler):
             pipeline_stages=self.parallel_config.pipeline_parallel_size,
             clock=lambda: self.plugin_clock(),
             kv_connector=self.connector,
+            kv_cache_manager=self.kv_cache_manager,
         )
 
     def add_request(self, request: Request) -> None:
