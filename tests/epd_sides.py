@@ -26,7 +26,9 @@ def shape_of(num_tokens: int, modality: str) -> Shape:
     return Shape(num_tokens, WIDTH, "float32")
 
 
-def request(name: str, media: list[str], tokens: int = TOKENS, params: Any = None) -> Request:
+def request(
+    name: str, media: list[str], tokens: int = TOKENS, params: Any = None, kv: Any = None
+) -> Request:
     """Return a request with text of two tokens before, between and after its items."""
     features = [
         MultiModalFeatureSpec(
@@ -37,11 +39,12 @@ def request(name: str, media: list[str], tokens: int = TOKENS, params: Any = Non
         )
         for i, identifier in enumerate(media)
     ]
-    extra = {"ec_transfer_params": params} if params is not None else None
+    given = {"ec_transfer_params": params, "kv_transfer_params": kv}
+    extra = {name: value for name, value in given.items() if value is not None}
     return Request(
         request_id=name,
         prompt_token_ids=[1] * (2 + len(media) * (tokens + 2)),
-        sampling_params=SamplingParams(max_tokens=4, extra_args=extra),
+        sampling_params=SamplingParams(max_tokens=4, extra_args=extra or None),
         pooling_params=None,
         mm_features=features,
     )

@@ -133,7 +133,11 @@ class Fetcher:
     def _work(self) -> None:
         peers = _Peers(self._secret, self._limits)
         while (job := self._jobs.get()) is not None:
-            job(peers)
+            try:
+                job(peers)
+            except Exception:
+                # The thread serves other requests too.
+                logger.exception("vllm-plugins: epd: what follows a fetch failed")
         peers.close()
 
     def _outcome(self, peers: _Peers, entry: Entry, source: Source, deadline: float) -> str:

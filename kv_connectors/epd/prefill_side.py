@@ -1,5 +1,8 @@
 """The scheduler's side of a prefill server: fetches what requests need, as soon as they arrive.
 
+Of a request whose KV is pulled from another server nothing is fetched until tokens of an item have
+to be computed here after all, as when the pull has failed.
+
 A request's items are held from its arrival until it ends, so a preempted request finds them again.
 Room in the arena is given in order of arrival and for all items of a request at once, so that no
 two requests wait for each other; while one waits, its leases are renewed.
@@ -89,9 +92,17 @@ class Item:
 
 @dataclass(eq=False)
 class _Wanting:
-    """A request, and which of its items are not here yet."""
+    """A request, and which of its items are not here yet.
+
+    Attributes:
+        request: The request.
+        pulled: Whether none of its items is wanted, as its KV comes from elsewhere.
+        seen: How many of its items have been taken note of.
+        items: Those that are wanted and not here yet.
+    """
 
     request: Request
+    pulled: bool
     seen: int = 0
     items: dict[str, Item] = field(default_factory=dict)
 
@@ -138,27 +149,24 @@ class PrefillSide:
     def arrived(self, request: Request) -> None:
         """Take note of a request's items and start fetching those that are not here."""
         with self._lock:
-            wanting = self._requests.setdefault(request.request_id, _Wanting(request))
-            new = request.mm_features[wanting.seen :]
-            if not new:
-                return
-            wanting.seen += len(new)
-            try:
-                sources = sources_of(request.ec_transfer_params, self.rules.allow_remote)
-            except MalformedError as error:
-                self._refuse(request, str(error))
-                return
-            for feature in new:
-                self._want(wanting, feature, sources.get(feature.identifier))
-            self._give_room(wanting)
+            wanting = self._requests.get(request.request_id)
+            if wanting is None:
+                wanting = _Wanting(request, _is_pulled(request))
+                self._requests[request.request_id] = wanting
+            if not wanting.pulled:
+                self._want_new(wanting)
 
     def can_go_on(self, request: Request, computed: int) -> bool:
         """Whether a request can be scheduled behind so many computed tokens."""
         self.arrived(request)
         with self._lock:
+            wanting = self._requests[request.request_id]
+            if wanting.pulled and _has_item_behind(request, computed):
+                wanting.pulled = False
+                self._want_new(wanting)
             if request.request_id in self._failed:
                 return False
-            items = self._requests[request.request_id].items
+            items = wanting.items
             if not items:
                 return True
             return can_go_on(
@@ -224,6 +232,21 @@ class PrefillSide:
             self._arena.release_all(name)
             if self._no_room:
                 self.tick()
+
+    def _want_new(self, wanting: _Wanting) -> None:
+        """Start to fetch the items of a request that have not been taken note of."""
+        new = wanting.request.mm_features[wanting.seen :]
+        if not new:
+            return
+        wanting.seen += len(new)
+        try:
+            sources = sources_of(wanting.request.ec_transfer_params, self.rules.allow_remote)
+        except MalformedError as error:
+            self._refuse(wanting.request, str(error))
+            return
+        for feature in new:
+            self._want(wanting, feature, sources.get(feature.identifier))
+        self._give_room(wanting)
 
     def _want(
         self, wanting: _Wanting, feature: MultiModalFeatureSpec, source: Source | None
@@ -314,7 +337,8 @@ class PrefillSide:
             self._arena.complete(entry, digest)
             for one in wanting:
                 self._arena.hold(item.media, one.request.request_id)
-                del one.items[item.media]
+                # One that shows the id in another size as well has failed, and wants it no more.
+                one.items.pop(item.media, None)
             self._arena.release(item.media, _holder(item.media))
             for source in item.sources:
                 self.fetcher.release(source, item.media)
@@ -356,6 +380,17 @@ class PrefillSide:
         waiting = {item.sources[0] for one in self._no_room for item in one.items.values()}
         for source in {source.lease: source for source in waiting}.values():
             self.fetcher.renew(source)
+
+
+def _is_pulled(request: Request) -> bool:
+    """Whether a prompt's KV comes from another server, in the protocol of vLLM's connectors."""
+    return bool((request.kv_transfer_params or {}).get("do_remote_prefill"))
+
+
+def _has_item_behind(request: Request, computed: int) -> bool:
+    """Whether tokens of an item are still to be computed behind so many."""
+    places = (feature.mm_position for feature in request.mm_features)
+    return any(place.offset + place.length > computed for place in places)
 
 
 def _holder(media: str) -> str:

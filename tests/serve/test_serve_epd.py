@@ -4,7 +4,9 @@ import base64
 import contextlib
 import io
 import json
+import os
 import random
+import signal
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +14,7 @@ import pytest
 from PIL import Image
 from vision import tiny_llava
 
-from tests.pd_servers import Pair, instances, post, routed
+from tests.pd_servers import PREFILL, Pair, instances, post, routed
 
 pytestmark = pytest.mark.serve
 
@@ -30,8 +32,7 @@ def servers(tmp_path_factory):
         tiny_llava(),
         (*common, "--plugin", "epd:role=encode"),
         (*common, "--plugin", "epd:role=prefill", "pd:role=prefill,lease_s=5"),
-        (*common, "--plugin", "epd:role=prefill,on_missing=encode_local",
-         "pd:role=decode,min_pull_tokens=1,lease_s=5"),
+        (*common, "--plugin", "epd:role=prefill", "pd:role=decode,min_pull_tokens=1,lease_s=5"),
     ) as (encode, prefill, decode):  # fmt: skip
         log = tmp_path_factory.mktemp("router") / "router.log"
         with routed(Pair(prefill, decode), log, "--encode", encode.url) as url:
@@ -81,6 +82,8 @@ def test_answers_are_one_servers(servers, name):
     assert text(post(url, asked, "/v1/chat/completions")) == expected
     assert decode.metric("vllm_plugins:pd_pulled_tokens_total") > pulled
     assert decode.metric("vllm_plugins:pd_recomputed_total") == 0
+    # The prompt's KV is all that decode needs.
+    assert decode.metric("vllm_plugins:epd_fetched_items_total") == 0
 
 
 def test_each_image_travels_once(servers):
@@ -119,3 +122,26 @@ def test_clients_that_leave_leave_nothing_behind(servers):
         with contextlib.suppress(TimeoutError, urllib.error.URLError, json.JSONDecodeError):
             post(url, asked, "/v1/chat/completions", timeout=0.05 * (1 + i))
     Pair(prefill, decode).await_empty(8)
+
+
+def test_an_encode_instance_that_dies_after_prefill_costs_decode_nothing(servers):
+    """The last test of this file, as it kills the encode instance."""
+    encode, prefill, decode, _ = servers
+    chat = "/v1/chat/completions"
+    asked = body(prefill.model, "t7", 500, "t8", 501)
+    expected = text(post(decode.url, asked, chat))
+    for number, part in enumerate(asked["messages"][0]["content"]):
+        if part["type"] != "text":
+            # A name of its own, so that decode has neither the image nor its KV.
+            part["uuid"] = f"of-the-dead-{number}"
+    asked["ec_transfer_params"] = post(encode.url, asked | {"max_tokens": 1}, chat)[
+        "ec_transfer_params"
+    ]
+    held = post(prefill.url, asked | {"max_tokens": 1, "kv_transfer_params": PREFILL}, chat)
+    os.killpg(encode.process.pid, signal.SIGKILL)
+    encode.process.wait(10)
+    pulled = decode.metric("vllm_plugins:pd_pulled_tokens_total")
+    asked["kv_transfer_params"] = held["kv_transfer_params"]
+    assert text(post(decode.url, asked, chat)) == expected
+    assert decode.metric("vllm_plugins:pd_pulled_tokens_total") > pulled
+    assert decode.metric("vllm_plugins:epd_missing_items_total") == 0

@@ -37,7 +37,7 @@ new PerformanceObserver(list => list.getEntries().forEach(one => shifted += one.
 """
 METRICS = """\
 vllm:num_requests_running{{engine="0"}} {running}
-vllm:num_requests_waiting{{engine="0"}} 0
+vllm:num_requests_waiting{{engine="0"}} {waiting}
 vllm:kv_cache_usage_perc{{engine="0"}} 0.375
 vllm:cache_config_info{{block_size="32",engine="0",num_gpu_blocks="1200"}} 1
 vllm_plugins:pd_held_blocks{{engine="0"}} 7
@@ -91,6 +91,14 @@ class Routed:
             .filter(tile => tile.firstChild.textContent === "{title}")
             .map(tile => tile.querySelector("b").textContent)[0]""",
             wanted,
+        )
+
+    async def holds(self, beginning: str) -> None:
+        """Wait until what is said of the first lease begins so."""
+        await self.tab.until(
+            f"""[...document.querySelectorAll("#queues li")]
+            .filter(tile => tile.firstChild.textContent === "KV held for decode")
+            .some(tile => tile.lastChild.textContent.startsWith("{beginning}"))"""
         )
 
     async def says(self, beginning: str) -> None:
@@ -172,6 +180,7 @@ async def test_values_move_without_a_reload(tmp_path):
         await page.says("Live")
         await page.shows("prefill-1", "State", "up")
         await page.counts("Waiting for prefill", "0")
+        await page.holds("no lease runs")
         await page.tab.value(WATCH_SHIFTS)
         prefill.gate, decode.gate = asyncio.Semaphore(0), asyncio.Semaphore(0)
         asked = [page.ask() for _ in range(4)]
@@ -179,9 +188,10 @@ async def test_values_move_without_a_reload(tmp_path):
         await page.shows("prefill-1", "Requests", "1")
         prefill.gate.release()
         await page.counts("KV held for decode", "1")
+        await page.holds("first lease ends in ")
         await page.counts("Waiting for prefill", "2")
         for running in (12, 1234):
-            prefill.metrics = METRICS.format(running=running)
+            prefill.metrics = METRICS.format(running=running, waiting=0)
             await page.shows("prefill-1", "Running", f"{running:,}")
         await page.shows("prefill-1", "KV held", "7 blocks")
         await page.shows("prefill-1", "KV in use", "37.5 %")
@@ -190,6 +200,7 @@ async def test_values_move_without_a_reload(tmp_path):
                 gate.release()
         assert await asyncio.gather(*asked) == [200] * 4
         await page.counts("KV held for decode", "0")
+        await page.holds("no lease runs")
         await page.counts("Waiting for prefill", "0")
         assert await page.tab.value("shifted") == 0
         assert page.tab.errors == []
@@ -205,7 +216,7 @@ async def test_who_dies_or_is_drained_is_shown_as_such(tmp_path):
         ) as url,
         shown(tmp_path, url) as page,
     ):  # fmt: skip
-        second.metrics = METRICS.format(running=5)
+        second.metrics = METRICS.format(running=5, waiting=0)
         await page.shows("prefill-2", "Running", "5")
         port = int(second.url.rsplit(":", 1)[1])
         await second.stop()
@@ -223,6 +234,26 @@ async def test_who_dies_or_is_drained_is_shown_as_such(tmp_path):
             assert answer.status == 200
         await page.told("decode-2 was removed")
         await page.tab.until("document.querySelectorAll('#instances tr').length", 3)
+        assert page.tab.errors == []
+
+
+@in_loop
+async def test_a_change_of_role_is_shown_and_told(tmp_path):
+    async with (
+        fakes("prefill", "decode", "decode") as (prefill, first, second),
+        routing(
+            tmp_path / "log", free_port(), "--prefill", prefill.url,
+            "--decode", first.url, second.url,
+            "--roles", "soft", "--interval-s", "1", "--cooldown-s", "1",
+        ) as url,
+        shown(tmp_path, url) as page,
+    ):  # fmt: skip
+        await page.shows("decode-1", "Role", "decode")
+        prefill.metrics = METRICS.format(running=1, waiting=9)
+        await page.told("decode-1 went from decode to prefill")
+        await page.shows("decode-1", "Role", "prefill")
+        # One of a role stays.
+        await page.shows("decode-2", "Role", "decode")
         assert page.tab.errors == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import re
 from pathlib import Path
@@ -66,7 +67,7 @@ def plugins_of(command: list[str], **variables: str) -> dict[str, dict[str, Any]
     return specs
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("role", ["encode", "prefill", "decode"])
 def test_pods_run_an_instance_of_their_role(role: str) -> None:
     one = container(role)
     joins = _parser().parse_args(one["args"])
@@ -76,9 +77,13 @@ def test_pods_run_an_instance_of_their_role(role: str) -> None:
     grace = WORKLOADS[role]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert grace >= joins.drain_s + 15
     assert joins.command[:2] == ["vllm", "serve"]
-    options = plugins_of(joins.command, POD_IP="10.0.0.7")["pd"]
-    assert options["role"] == role
-    assert options["allow_remote"] is True or options["allow_remote"] == "true"
+    found = plugins_of(joins.command, POD_IP="10.0.0.7")
+    roles = {name: options["role"] for name, options in found.items()}
+    images = "encode" if role == "encode" else "prefill"
+    assert roles == ({} if role == "encode" else {"pd": role}) | {"epd": images}
+    for options in found.values():
+        assert options["allow_remote"] is True or options["allow_remote"] == "true"
+        assert options["secret_file"] == "/secrets/wire.secret"
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert one[probe]["httpGet"]["path"] == "/health"
 
@@ -90,6 +95,7 @@ def test_the_router_knows_the_first_pod_of_each_role() -> None:
     chosen.check()
     assert chosen.prefill == ("http://prefill-0.prefill:8100",)
     assert chosen.decode == ("http://decode-0.decode:8100",)
+    assert chosen.encode == ("http://encode-0.encode:8100",)
     assert WORKLOADS["router"]["spec"]["replicas"] == 1
     grace = WORKLOADS["router"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert grace > chosen.drain_s
@@ -124,11 +130,20 @@ def roles_of(sources: list[dict[str, Any]]) -> set[str]:
     return found - {None}
 
 
-def test_only_decode_pods_and_the_router_reach_the_wire() -> None:
-    command = _parser().parse_args(container("prefill")["args"]).command
-    wire = int(plugins_of(command, POD_IP="10.0.0.7")["pd"]["port"])
+def wire_port(role: str, plugin: str) -> int:
+    command = _parser().parse_args(container(role)["args"]).command
+    options = plugins_of(command, POD_IP="10.0.0.7")[plugin]
+    assert options["bind_host"] == "10.0.0.7"
+    return int(options["port"])
+
+
+def test_only_who_fetches_and_the_router_reach_the_wire() -> None:
+    wire = wire_port("prefill", "pd")
     assert allowed("prefill", wire) == [{"decode", "router"}]
-    assert allowed("prefill", 8100) == allowed("decode", 8100) == [{"router"}]
+    assert allowed("encode", wire_port("encode", "epd")) == [{"prefill", "decode"}]
+    assert {one: allowed(one, 8100) for one in ("encode", "prefill", "decode")} == {
+        "encode": [{"router"}], "prefill": [{"router"}], "decode": [{"router"}],
+    }  # fmt: skip
     assert allowed("decode", wire) == []
     # Every pod is under a policy that closes what it does not open.
     for name, one in WORKLOADS.items():
@@ -154,7 +169,8 @@ def test_the_compose_file_is_valid() -> None:
     # As a mapping, with YAML's merge keys resolved, which the package's own reader does not know.
     read = compose_spec.PyCompose.from_json(json.dumps(compose()))
     read.validate()
-    assert set(read.service_names()) == {"prefill", "decode-1", "decode-2", "router"}
+    names = {"encode", "prefill", "decode-1", "decode-2", "router"}
+    assert set(read.service_names()) == names
 
 
 def test_the_check_of_compose_files_can_fail() -> None:
@@ -174,12 +190,19 @@ def test_containers_reach_each_other_by_their_names() -> None:
     chosen.check()
     assert chosen.prefill == ("http://prefill:8100",)
     assert chosen.decode == ("http://decode-1:8100", "http://decode-2:8100")
-    for url in (*chosen.prefill, *chosen.decode):
+    assert chosen.encode == ("http://encode:8100",)
+    for url in (*chosen.prefill, *chosen.decode, *chosen.encode):
         name = re.fullmatch(r"http://([\w-]+):8100", url)[1]
-        options = plugins_of(services[name]["command"])["pd"]
-        assert options["role"] == name.split("-")[0]
-        assert options["secret_file"] == "/run/secrets/wire"
+        role, found = name.split("-")[0], plugins_of(services[name]["command"])
+        if role != "encode":
+            assert found["pd"]["role"] == role
+        assert found["epd"]["role"] == ("encode" if role == "encode" else "prefill")
+        assert {one["secret_file"] for one in found.values()} == {"/run/secrets/wire"}
         assert "ports" not in services[name]
+    address = plugins_of(services["encode"]["command"])["epd"]["bind_host"]
+    assert services["encode"]["networks"]["instances"]["ipv4_address"] == address
+    (subnet,) = compose()["networks"]["instances"]["ipam"]["config"]
+    assert ipaddress.ip_address(address) in ipaddress.ip_network(subnet["subnet"])
     assert plugins_of(services["prefill"]["command"])["pd"]["advertise_host"] == "prefill"
     assert services["router"]["ports"] == ["127.0.0.1:8000:8000"]
     for one in services.values():

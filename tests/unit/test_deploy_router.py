@@ -84,6 +84,28 @@ def test_instances_come_drain_and_go(instances: list[str]) -> None:
     asyncio.run(run())
 
 
+def test_encode_instances_come_and_go_as_others_do(instances: list[str]) -> None:
+    prefill, one, two = instances
+
+    async def run() -> None:
+        async with replica(encode={"replicas": "1:2"}, decode={"replicas": 0}) as made:
+            await made.announce(prefill, "prefill")
+            await asyncio.sleep(0.3)
+            # Its requests with images would have nobody to go to.
+            assert not (await made.status())["serves"]
+            await made.announce(one, "encode")
+            await until(lambda: has(made, {prefill: "up", one: "up"}))
+            await made.announce(two, "encode")
+            await until(lambda: has(made, {prefill: "up", one: "up", two: "up"}))
+            await made.leave(one)
+            await made.remove(one)
+            await until(lambda: has(made, {prefill: "up", two: "up"}))
+            roles = {entry["url"]: entry["role"] for entry in (await made.status())["instances"]}
+            assert roles == {prefill: "prefill", two: "encode"}
+
+    asyncio.run(run())
+
+
 async def has(made: RouterReplica, wanted: dict[str, str]) -> bool:
     return await states(made) == wanted
 

@@ -157,6 +157,14 @@ def test_instances_on_several_hosts_listen_on_their_nodes_address(role: Role) ->
     )
 
 
+def test_what_becomes_of_a_missing_image_is_for_those_that_want_it() -> None:
+    chosen = settings(encode={"replicas": 1}, epd={"on_missing": "encode_local", "lease_s": 40})
+    found = {role: {s["name"]: s for s in chosen.plugins(role)}["epd"] for role in Role}
+    assert found[Role.ENCODE] == {"name": "epd", "role": "encode", "lease_s": 40}
+    for role in (Role.PREFILL, Role.DECODE):
+        assert (found[role]["role"], found[role]["on_missing"]) == ("prefill", "encode_local")
+
+
 def test_without_decode_instances_nothing_is_handed_over() -> None:
     chosen = settings(encode={"replicas": 1}, decode={"replicas": 0})
     assert set(plugins_of(launch.engine_command(chosen, Role.PREFILL, LOCAL, 81))) == {"epd"}

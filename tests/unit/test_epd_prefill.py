@@ -1,5 +1,6 @@
 """EPD's prefill side: what is fetched, who waits, what is let go."""
 
+import dataclasses
 import random
 
 import pytest
@@ -182,6 +183,67 @@ def test_one_id_for_items_of_two_sizes_fails_the_second():
     # A request that came before the item meets it when it is scheduled.
     assert bench.side.is_missing(waiting, 0)
     assert bench.side.take_failed() == {"0", "2"}
+
+
+def test_an_id_in_two_sizes_in_a_request_that_joined_a_fetch_hurts_nobody_else():
+    bench = Bench()
+    one = bench.arrive("1", "a")
+    bench.side.arrived(two_sizes("2", "a"))
+    assert bench.side.take_failed() == {"2"}
+    bench.fetching.end("a")
+    assert bench.side.can_go_on(one, 2)
+    for name in "12":
+        bench.side.ended(name)
+    bench.assert_idle()
+
+
+def two_sizes(name, media):
+    made = request(name, [media, media], params=params_of(media))
+    place = made.mm_features[1].mm_position
+    made.mm_features[1].mm_position = dataclasses.replace(place, length=place.length - 1)
+    return made
+
+
+PULLED = {"do_remote_prefill": True}
+
+
+def test_of_a_prompt_whose_kv_is_pulled_nothing_is_fetched():
+    bench = Bench(has_medium=False)
+    made = bench.arrive("r", "a", "b", kv=PULLED)
+    # Items are at 2 to 6 and 8 to 12 of 14 tokens.
+    for computed in (12, 13, 14):
+        assert bench.side.can_go_on(made, computed)
+    assert not bench.side.misses_some("r")
+    assert bench.fetching.fetched == []
+    bench.side.ended("r")
+    bench.assert_idle()
+
+
+def test_what_a_pull_leaves_to_compute_is_fetched_then():
+    bench = Bench()
+    made = bench.arrive("r", "a", "b", kv=PULLED)
+    assert not bench.side.can_go_on(made, 11)
+    # All of them at once: a later failure must not ask for room beside what is held.
+    assert bench.fetching.fetched == ["a", "b"]
+    # A connector may take note of the pull in the request itself.
+    made.kv_transfer_params = None
+    bench.fetching.end("b")
+    assert bench.side.can_go_on(made, 11)
+    assert not bench.side.can_go_on(made, 2)
+    bench.fetching.end("a")
+    assert bench.side.can_go_on(made, 2)
+
+
+def test_a_pull_that_failed_needs_the_items_after_all():
+    bench = Bench()
+    made = bench.arrive("r", "a", kv=PULLED)
+    assert bench.side.can_go_on(made, 7)
+    assert bench.fetching.fetched == []
+    assert bench.side.can_go_on(made, 0)
+    assert bench.fetching.fetched == ["a"]
+    assert bench.side.is_missing(made, 0)
+    bench.fetching.end("a", "gone")
+    assert bench.side.take_failed() == {"r"}
 
 
 def test_malformed_parameters_refuse_their_request():

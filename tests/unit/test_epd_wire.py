@@ -9,7 +9,7 @@ from tests.epd_sides import BLOCK, TOKENS, Counts, arena_of, memory_of, shape_of
 from tests.unit.wire_ends import wait_until
 from tests.wire_faults import DOWN, Fault, FaultyProxy
 from vllm_plugins.kv_connectors.epd import protocol
-from vllm_plugins.kv_connectors.epd.fetcher import Fetcher
+from vllm_plugins.kv_connectors.epd.fetcher import NUM_THREADS, Fetcher
 from vllm_plugins.kv_connectors.epd.media import Shape, Source
 from vllm_plugins.kv_connectors.epd.publisher import Publisher
 from vllm_plugins.wire.address import Address
@@ -212,6 +212,18 @@ def test_a_server_that_stalls_costs_its_item_and_nobody_else(ends):
         assert time.monotonic() - started < 5
     ends.prefill.discard(entry)
     assert ends.fetch("m", source)[1] == ""
+
+
+def test_what_goes_wrong_behind_a_fetch_costs_no_thread(ends):
+    def fails(missing, digest):
+        raise RuntimeError("a scripted fault")
+
+    source = ends.publish("a")
+    for number in range(2 * NUM_THREADS):
+        entry = ends.prefill.reserve(f"x{number % 8}", source.shape, "me")
+        ends.fetcher.fetch(entry, source, time.monotonic() + 10, fails)
+        ends.prefill.discard(entry)
+    assert ends.fetch("a", source)[1] == ""
 
 
 def test_nobody_listening_is_unreachable(ends):

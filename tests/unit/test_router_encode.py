@@ -346,15 +346,6 @@ async def test_an_image_that_an_encoder_refuses_is_the_clients_fault() -> None:
 
 
 @in_loop
-async def test_prefill_that_could_not_get_an_image_has_it_encoded_again() -> None:
-    async with rig(prefill=2, encode=1) as router:
-        router.prefill[0].faults.append(Fault("status", 500))
-        body = body_of(["aaaa"])
-        assert await router.text(body, CHAT) == expected(body)
-        assert len(router.encode[0].requests) == 2
-
-
-@in_loop
 async def test_a_client_that_leaves_stops_the_encoders() -> None:
     async with rig(encode=2) as router:
         for fake in router.encode:

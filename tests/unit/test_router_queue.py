@@ -110,6 +110,35 @@ async def test_clients_that_leave_the_queue_hold_nobody_up() -> None:
 
 
 @in_loop
+async def test_one_that_an_instance_has_failed_holds_nobody_up_there() -> None:
+    async with rig(prefill=2, max_prefill_tokens=TOKENS) as router:
+        first, second = router.prefill
+        gate = first.gate = asyncio.Semaphore(0)
+        second.faults.append(Fault("abort"))
+        held = asyncio.create_task(router.text(body_of(0)))
+        await first.arrived.acquire()
+        # It has failed at the second instance, and waits for the first.
+        failed = asyncio.create_task(router.text(body_of(1)))
+        await queued(router, Role.PREFILL, 1)
+        for number in (2, 3):
+            assert await router.text(body_of(number)) == expected(number)
+        assert router.services.desk.waiting(Role.PREFILL) == 1
+        # But nobody takes the place that it waits for.
+        second.gate = asyncio.Semaphore(0)
+        later = [asyncio.create_task(router.text(body_of(number))) for number in (4, 5)]
+        await queued(router, Role.PREFILL, 2)
+        gate.release()
+        gate.release()
+        assert await asyncio.gather(held, failed) == [expected(0), expected(1)]
+        assert [body["prompt"][0] - 2 for body in first.bodies[:2]] == [0, 1]
+        for _ in range(2):
+            gate.release()
+            second.gate.release()
+        assert await asyncio.gather(*later) == [expected(4), expected(5)]
+        await router.idle()
+
+
+@in_loop
 async def test_decode_takes_no_more_than_its_share_of_kv() -> None:
     async with rig(decode_kv_fraction=0.5) as router:
         instance = router.services.fleet["decode-1"]

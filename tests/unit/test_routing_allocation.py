@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from vllm_plugins.bench.capacity import Capacity
 from vllm_plugins.cli.allocate import launch_lines, read_requests
 from vllm_plugins.cli.main import main
+from vllm_plugins.engine.cost_model import StepWork, chunk_work
+from vllm_plugins.engine.cost_profile import CostProfile, ProfileKey
 from vllm_plugins.errors import PluginError
 from vllm_plugins.routing.allocation import (
     PRECISION,
@@ -22,7 +26,7 @@ from vllm_plugins.routing.allocation import (
     ranked,
     shapes,
 )
-from vllm_plugins.routing.stage_times import load_stage_times
+from vllm_plugins.routing.stage_times import load_stage_times, times_of
 from vllm_plugins.routing.virtual import Outcome, Request, Setup, Shape, simulate
 
 TIMES = {
@@ -162,7 +166,7 @@ def test_the_simplest_of_equal_candidates_is_chosen():
             [
                 "vllm serve m --plugin epd:role=encode --port 8100",
                 "vllm serve m --plugin pd:role=prefill --plugin epd:role=prefill --port 8101",
-                "vllm serve m --plugin pd:role=decode --port 8102",
+                "vllm serve m --plugin pd:role=decode --plugin epd:role=prefill --port 8102",
                 "vllm-plugins route --encode http://127.0.0.1:8100 --prefill http://127.0.0.1:8101 "
                 "--decode http://127.0.0.1:8102",
             ],
@@ -245,6 +249,60 @@ def test_malformed_times_are_refused(tmp_path, text, message):
     with pytest.raises(PluginError) as refused:
         load_stage_times(path)
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def profiled(tmp_path, knee=None):
+    """Write a cost profile; return its file and its model."""
+    key = dict.fromkeys(("model", "dtype", "device", "vllm"), "x")
+    profile = CostProfile(
+        key=ProfileKey(**key, tensor_parallel=1, pipeline_parallel=1),
+        coefficients=(8e-3, 2e-4, 1e-4 if knee else 0.0, 1e-4, 8e-7, 1.5e-7),
+        knee=knee,
+        tile=1,
+    )
+    path = tmp_path / "profile.json"
+    path.write_text(profile.model_dump_json())
+    return path, profile
+
+
+@pytest.mark.parametrize("knee", [None, 64])
+def test_stage_times_of_a_profile_are_what_it_predicts(tmp_path, knee):
+    _, profile = profiled(tmp_path, knee)
+    times, model = times_of(profile, 100, 32), profile.cost_model()
+    for tokens in (64, 300, 2000):
+        work = StepWork(tokens, 1, 0.0, chunk_work(tokens, 0))
+        assert times.prefill.ms(tokens) == pytest.approx(1e3 * model.seconds(work))
+    for batch, context in ((1, 50), (40, 9000)):
+        work = StepWork(batch, batch, context, 0.0)
+        assert times.decode.ms(batch, context) == pytest.approx(1e3 * model.seconds(work))
+    assert (times.kv_blocks, times.block_size) == (100, 32)
+
+
+def test_the_command_takes_a_profile(tmp_path, capsys):
+    path, _ = profiled(tmp_path)
+    words = ["allocate", "--profile", str(path), "--workers", "2", "--requests", "60",
+             "--slo-ttft-ms", "5000", "--slo-tpot-ms", "50"]  # fmt: skip
+    assert main(words) == 2
+    assert "does not say how many KV blocks" in capsys.readouterr().err
+    assert main([*words, "--kv-blocks", "4000"]) == 0
+    assert "vllm serve MODEL" in capsys.readouterr().out
+    trace = tmp_path / "trace.jsonl"
+    line = {"arrival_s": 1, "prompt_tokens": 900, "output_tokens": 2, "images": [576]}
+    trace.write_text("\n".join([json.dumps(line)] * 2))
+    assert main([*words, "--kv-blocks", "4000", "--trace", str(trace)]) == 2
+    assert "does not say how long images take" in capsys.readouterr().err
+
+
+def test_the_documentation_has_a_file_of_stage_times_that_is_read(tmp_path):
+    text = (Path(__file__).resolve().parents[2] / "docs/disaggregation.md").read_text()
+    (example,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    path = tmp_path / "times.json"
+    path.write_text(example)
+    times = load_stage_times(path)
+    # With every name that there is.
+    assert json.loads(example).keys() == times.model_dump().keys()
+    for stage in ("encode", "prefill", "decode"):
+        assert json.loads(example)[stage].keys() == times.model_dump()[stage].keys()
 
 
 def test_missing_files_are_refused(tmp_path):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,16 @@ TRACE_MEND = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
+    measured = parser.add_mutually_exclusive_group(required=True)
+    measured.add_argument(
+        "--times", type=Path, help="JSON file with the stage times of one worker."
+    )
+    measured.add_argument(
+        "--profile", type=Path, help="Cost profile in its place, for requests without images."
+    )
+    parser.add_argument("--kv-blocks", type=int, help="KV blocks of a worker, for --profile.")
     parser.add_argument(
-        "--times", type=Path, required=True, help="JSON file with the stage times of one worker."
+        "--block-size", type=int, default=16, help="Tokens of a block, for --profile; default 16."
     )
     parser.add_argument(
         "--trace",
@@ -66,11 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Search, print the table and the commands, write the result."""
-    from vllm_plugins.routing.stage_times import load_stage_times
-
     targets = _targets(args)
-    times = load_stage_times(args.times)
     requests = read_requests(args.trace, args.requests)
+    times = _times(args, requests)
     candidates = _search(args, requests, times, targets)
     _print(candidates, targets)
     if args.out:
@@ -86,6 +93,29 @@ def run(args: argparse.Namespace) -> int:
     for line in launch_lines(candidates[0].shape, args.model):
         print(line)
     return 0
+
+
+def _times(args: argparse.Namespace, requests: Sequence[Request]) -> StageTimes:
+    from vllm_plugins.routing.stage_times import load_stage_times, times_of
+
+    if args.profile is None:
+        return load_stage_times(args.times)
+    from vllm_plugins.engine.cost_profile import load_profile
+
+    where = f"--profile {args.profile}"
+    if not args.kv_blocks or args.kv_blocks < 1 or args.block_size < 1:
+        raise PluginError(
+            where,
+            "does not say how many KV blocks a worker has",
+            "give --kv-blocks, and --block-size if it is not 16, as the server's log has them",
+        )
+    if any(one.images for one in requests):
+        raise PluginError(
+            where,
+            "does not say how long images take, and the trace has some",
+            "write a file for --times (docs/disaggregation.md)",
+        )
+    return times_of(load_profile(args.profile, where), args.kv_blocks, args.block_size)
 
 
 def _targets(args: argparse.Namespace) -> Targets:
@@ -193,26 +223,33 @@ def launch_lines(shape: Shape, model: str) -> list[str]:
 
     Each worker needs a device of its own; the addresses are those of one host.
     """
+    from vllm_plugins.deploy.settings import read_settings
+
     if shape.combined == shape.workers:
         parallel = f" --data-parallel-size {shape.workers}" if shape.workers > 1 else ""
         return [f"vllm serve {model}{parallel}"]
-    images = " --plugin epd:role=prefill" if shape.encode else ""
-    plugins = {
-        "encode": (shape.encode, " --plugin epd:role=encode"),
-        "prefill": (shape.prefill, " --plugin pd:role=prefill" + images),
-        "decode": (shape.decode, " --plugin pd:role=decode"),
-        "combined": (shape.combined, images),
+    counts = {
+        "encode": shape.encode,
+        "prefill": shape.prefill + shape.combined,
+        "decode": shape.decode,
     }
-    lines, port = [], FIRST_PORT
-    route: dict[str, list[str]] = {}
-    for stage, (number, plugin) in plugins.items():
-        option = "prefill" if stage == "combined" else stage
-        for _ in range(number):
-            lines.append(f"vllm serve {model}{plugin} --port {port}")
-            route.setdefault(option, []).append(f"http://127.0.0.1:{port}")
-            port += 1
-    words = [f"--{option} {' '.join(urls)}" for option, urls in route.items()]
-    return [*lines, f"vllm-plugins route {' '.join(words)}"]
+    # The instances are those that `vllm-plugins deploy` would start.
+    settings = read_settings(
+        {"model": model} | {role: {"replicas": count} for role, count in counts.items()}
+    )
+    lines, routes, ports = [], [], itertools.count(FIRST_PORT)
+    for role in settings.roles():
+        plugins = " ".join(f"--plugin {_words(spec)}" for spec in settings.plugins(role))
+        chosen = list(itertools.islice(ports, counts[role]))
+        lines += [f"vllm serve {model} {plugins} --port {port}" for port in chosen]
+        routes.append(" ".join([f"--{role}", *(f"http://127.0.0.1:{port}" for port in chosen)]))
+    return [*lines, f"vllm-plugins route {' '.join(routes)}"]
+
+
+def _words(spec: Mapping[str, Any]) -> str:
+    """Return a plug-in with its options as the command line takes it."""
+    options = ",".join(f"{name}={value}" for name, value in spec.items() if name != "name")
+    return f"{spec['name']}:{options}"
 
 
 def _report(

@@ -216,10 +216,20 @@ def _specs(settings: DeploySettings, role: Role, host: str) -> list[dict[str, An
         serves = {"bind_host": host} if remote and role is Role.PREFILL else {}
         specs.append({"name": "pd", **settings.pd, "role": role.value, **common, **serves})
     if settings.encode.replicas.most:
-        mine = "encode" if role is Role.ENCODE else "prefill"
-        serves = {"bind_host": host} if remote and mine == "encode" else {}
-        specs.append({"name": "epd", **settings.epd, "role": mine, **common, **serves})
+        specs.append({"name": "epd", **_epd(settings.epd, role), **common})
+        if remote and role is Role.ENCODE:
+            specs[-1]["bind_host"] = host
     return specs
+
+
+def _epd(options: Mapping[str, Any], role: Role) -> dict[str, Any]:
+    """Return a role's share of the options; decode instances take embeddings as prefill's do.
+
+    They need them where a pull fails or a request is preempted, and the prompt is computed anew.
+    """
+    if role is not Role.ENCODE:
+        return {**options, "role": "prefill"}
+    return {**{k: v for k, v in options.items() if k != "on_missing"}, "role": "encode"}
 
 
 def _check_paths(*paths: Path | None) -> None:

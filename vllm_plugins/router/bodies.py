@@ -26,6 +26,8 @@ REMOTE_DECODE: Mapping[str, Any] = {
     "remote_host": None,
     "remote_port": None,
 }
+# The plug-in's own way to say that an instance which also prefills shall hand its embeddings out.
+PUBLISH: Mapping[str, Any] = {"vllm_plugins_epd": {"publish": True}}
 # vLLM's own default for completions, which chat does not have; null means the same there.
 DEFAULT_COMPLETION_TOKENS = 16
 # Good enough to compare queues: English text in today's vocabularies.
@@ -85,6 +87,12 @@ def parse_body(raw: bytes) -> dict[str, Any]:
     for name in TRANSFER_FIELDS:
         body.pop(name, None)
     return body
+
+
+def needs_others(body: Mapping[str, Any]) -> bool:
+    """Whether an instance fetches something for a request: a prompt's KV, or embeddings."""
+    kv, ec = (body.get(name) or {} for name in TRANSFER_FIELDS)
+    return bool(kv.get("do_remote_prefill") or ec.keys() - PUBLISH.keys())
 
 
 def max_tokens(path: str, body: Mapping[str, Any]) -> int | None:

@@ -31,11 +31,21 @@ MEMORY = 64
 ANSWER_TOKENS, MEDIUM_TOKENS = 256, 576
 
 
+_Take = Callable[[Collection[str]], list[Ticket] | None]
+
+
 @dataclass(eq=False)
 class _Waiter:
-    """Somebody in the queue; ``take`` opens the tickets, or returns None while all are full."""
+    """Somebody in the queue.
 
-    take: Callable[[], list[Ticket] | None]
+    Attributes:
+        take: Opens the tickets, at none of some instances; None while all others are full.
+        tried: Instances that have failed the request.
+        since_s: When it came, in seconds.
+    """
+
+    take: _Take
+    tried: Collection[str]
     since_s: float
     served: asyncio.Future[list[Ticket]] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
@@ -116,13 +126,12 @@ class Desk:
             RefusedError: No instance is up, the queue is full, or the wait was too long.
         """
 
-        def take() -> list[Ticket] | None:
+        def take(exclude: Collection[str]) -> list[Ticket] | None:
             now = _now()
-            exclude = self._others_than(role, tried)
             chosen = self._dispatcher.choose(role, work, now, exclude)
             return None if chosen is None else [self.ledger.open(chosen, work, now)]
 
-        return (await self._wait(role, take))[0]
+        return (await self._wait(role, take, tried))[0]
 
     async def spread(self, images: Sequence[int], tried: Collection[str] = ()) -> list[Ticket]:
         """Return an open ticket at an encoder for each image of a request.
@@ -135,9 +144,8 @@ class Desk:
             RefusedError: As `place`.
         """
 
-        def take() -> list[Ticket] | None:
+        def take(exclude: Collection[str]) -> list[Ticket] | None:
             now = _now()
-            exclude = self._others_than(Role.ENCODE, tried)
             chosen = self._dispatcher.spread(images, now, exclude)
             if chosen is None:
                 return None
@@ -146,7 +154,7 @@ class Desk:
                 self.ledger.open(one, work, now) for one, work in zip(chosen, works, strict=True)
             ]
 
-        return await self._wait(Role.ENCODE, take)
+        return await self._wait(Role.ENCODE, take, tried)
 
     @contextmanager
     def held(self, *tickets: Ticket) -> Iterator[None]:
@@ -163,18 +171,23 @@ class Desk:
         self.admit(tickets[0].role)
 
     def admit(self, role: Role) -> None:
-        """Let requests of a role out of the queue for which there is room now."""
+        """Let requests of a role out of the queue for which there is room now.
+
+        None takes the place that an earlier one waits for; only what that one avoids is free.
+        """
         room = self._rooms[role]
-        while (waiter := room.head()) is not None:
+        serving = {one.id for one in self.fleet.serving(role)}
+        free = set(serving)
+        for waiter in room:
+            avoided = self._avoided(role, waiter.tried)
             if waiter.served.done():
                 room.leave(waiter)
-                continue
-            tickets = waiter.take()
-            if tickets is None:
+            elif (tickets := waiter.take((serving - free) | avoided)) is not None:
+                room.admit(waiter, _now())
+                self._metrics.queue(role, len(room))
+                waiter.served.set_result(tickets)
+            elif not (free := free & avoided):
                 return
-            room.admit(_now())
-            self._metrics.queue(role, len(room))
-            waiter.served.set_result(tickets)
 
     def admit_all(self) -> None:
         """Let requests out of all queues, after instances have come or changed."""
@@ -193,23 +206,24 @@ class Desk:
             logger.warning("%s (%s) is back", instance.id, instance.active)
             self.admit_all()
 
-    def _others_than(self, role: Role, tried: Collection[str]) -> Collection[str]:
-        if not tried or any(one.id not in tried for one in self.fleet.serving(role)):
-            return tried
-        return ()
+    def _avoided(self, role: Role, tried: Collection[str]) -> set[str]:
+        """Return the instances that have failed a request, unless there is no other."""
+        serving = {one.id for one in self.fleet.serving(role)}
+        return serving.intersection(tried) if serving.difference(tried) else set()
 
-    async def _wait(self, role: Role, take: Callable[[], list[Ticket] | None]) -> list[Ticket]:
+    async def _wait(self, role: Role, take: _Take, tried: Collection[str]) -> list[Ticket]:
         room = self._rooms[role]
-        if not len(room) and (tickets := take()) is not None:
+        if not len(room) and (tickets := take(self._avoided(role, tried))) is not None:
             return tickets
         if not self.fleet.serving(role):
             raise RefusedError(503, f"no {role} instance is up", "no_instance", retry_after_s=1.0)
-        waiter = _Waiter(take, _now())
+        waiter = _Waiter(take, tried, _now())
         try:
             room.enter(waiter, waiter.since_s)
         except QueueFull as full:
             raise RefusedError(503, str(full), "queue_full", full.retry_after_s) from None
         self._metrics.queue(role, len(room))
+        self.admit(role)
         return await self._served(role, waiter)
 
     async def _served(self, role: Role, waiter: _Waiter) -> list[Ticket]:

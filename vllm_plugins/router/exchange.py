@@ -114,6 +114,8 @@ class Exchange:
                 self._tried.add(failure.instance.id)
                 if failure.suspects_transfer:
                     self._release()
+                    # What was encoded may be lost as well as the KV.
+                    self._encoded = not self._media
                 self._services.metrics.retried(Role.DECODE)
                 if self._client.begun:
                     self._services.metrics.resumed()
@@ -376,7 +378,7 @@ class Exchange:
     def _refusal(self, failure: InstanceError) -> RefusedError:
         if self._client.begun:
             return RefusedError(502, f"the answer broke off: {failure.reason}", "broken")
-        if not failure.sick:
+        if not failure.sick and not failure.suspects_transfer:
             return RefusedError(503, f"all instances are busy: {failure.reason}", "failed", 1.0)
         return RefusedError(502, f"no instance could serve the request: {failure.reason}", "failed")
 

@@ -15,7 +15,7 @@ from hashlib import blake2b
 from typing import Any
 
 from vllm_plugins.router.answers import RefusedError
-from vllm_plugins.router.bodies import BYTES_PER_TOKEN, CHAT, Call
+from vllm_plugins.router.bodies import BYTES_PER_TOKEN, CHAT, PUBLISH, Call
 
 KINDS: Mapping[str, str] = {
     "image_url": "image_embeds",
@@ -27,8 +27,6 @@ KINDS: Mapping[str, str] = {
 
 ID_BYTES = 16
 MAX_MEDIA = 1024
-# The plug-in's own way to say that an instance which also prefills shall hand its embeddings out.
-PUBLISH: Mapping[str, Any] = {"vllm_plugins_epd": {"publish": True}}
 # What a prompt's text, and where it may be computed, depends on; nothing that shapes the answer.
 _PROMPT_FIELDS = (
     "model", "add_special_tokens", "cache_salt", "chat_template", "chat_template_kwargs",

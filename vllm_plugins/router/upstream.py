@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from vllm_plugins.router.bodies import needs_others
 from vllm_plugins.routing import Instance
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class InstanceError(Exception):
         reason: What happened, in a few words.
         sick: It counts against the instance's health; a busy one is not sick.
         suspects_transfer: The hand-over may be the cause, so that it should not be tried again.
+            With a 500 the instance is not called sick then: the one it fetches from may be.
     """
 
     def __init__(
@@ -139,7 +141,7 @@ class Upstream:
             raise InstanceError(instance, _words(error)) from None
         try:
             if answer.status != 200:
-                await self._raise_for(instance, answer)
+                await self._raise_for(instance, answer, needs_others(body))
             yield answer
         finally:
             # Of an answer that was read to its end the connection is kept already.
@@ -204,12 +206,16 @@ class Upstream:
             raise InstanceError(instance, f"{path} answers {answer.status}")
         return body
 
-    async def _raise_for(self, instance: Instance, answer: aiohttp.ClientResponse) -> None:
+    async def _raise_for(
+        self, instance: Instance, answer: aiohttp.ClientResponse, fetches: bool
+    ) -> None:
         if answer.status in BUSY or answer.status == 503:
             raise InstanceError(instance, f"answers {answer.status}", sick=False)
         if not 400 <= answer.status < 500:
-            # A decode instance that could not load a prompt's KV answers with 500 as well.
-            raise InstanceError(instance, f"answers {answer.status}", suspects_transfer=True)
+            # An instance that could not get a prompt's KV or an image answers with 500 as well.
+            # Whether it is well itself is for probes to say.
+            sick = not fetches or answer.status != 500
+            raise InstanceError(instance, f"answers {answer.status}", sick, fetches)
         body = await self.read(instance, answer)
         raise RejectedError(answer.status, answer_headers(answer.headers), body)
 

@@ -9,7 +9,7 @@ a move shortens the longest queue by a share.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -81,7 +81,6 @@ class RoleMonitor:
         interval_s: Seconds between decisions.
         cooldown_s: Seconds after a move without another one.
         min_gain: Share by which a move must shorten the longest queue per instance.
-        restarts: True where an instance may be restarted to take a role it does not hold.
     """
 
     def __init__(
@@ -91,14 +90,12 @@ class RoleMonitor:
         interval_s: float = 5.0,
         cooldown_s: float = 30.0,
         min_gain: float = 0.1,
-        restarts: bool = False,
     ) -> None:
         self._fleet = fleet
         self._ledger = ledger
         self._interval_s = interval_s
         self._cooldown_s = cooldown_s
         self._min_gain = min_gain
-        self._restarts = restarts
         self._samples: deque[dict[Role, float]] = deque(maxlen=SAMPLES)
         self._sampled_s = self._decided_s = self._moved_s = float("-inf")
 
@@ -137,7 +134,7 @@ class RoleMonitor:
         return move
 
     def _pick(self, source: Role, target: Role) -> Move | None:
-        able = [one for one in self._fleet.serving(source) if self._restarts or target in one.roles]
+        able = [one for one in self._fleet.serving(source) if target in one.roles]
         if not able:
             return None
         idlest = min(able, key=lambda one: self._ledger.load(one).requests)
@@ -148,18 +145,15 @@ class Phase(StrEnum):
     """Where a change of role stands."""
 
     DRAINING = "draining"
-    RELAUNCHING = "relaunching"
     ACTIVE = "active"
     ABANDONED = "abandoned"
 
 
 class RoleSwitch:
-    """Carries one move out: drain, then relabel or restart, then serve.
+    """Carries one move out: drain, then relabel, then serve.
 
-    Without a command the instance holds both roles and is only relabelled; after the deadline it is
-    relabelled with what it still has, which goes on beside the new work. With a command (phase
-    ``relaunching``) the caller stops the instance, runs the command and calls `launched`; after the
-    deadline such a move is abandoned, as a restart would cut requests off.
+    The instance holds both roles and is only relabelled; after the deadline it is relabelled with
+    what it still has, which goes on beside the new work.
 
     Args:
         move: What to do.
@@ -167,7 +161,6 @@ class RoleSwitch:
         ledger: Says when the instance is empty.
         now: Seconds; the drain begins now.
         drain_s: Longest time to drain, in seconds.
-        command: Words of the command that starts the instance in its new role.
 
     Raises:
         PluginError: The stage would be left with too few instances.
@@ -180,10 +173,8 @@ class RoleSwitch:
         ledger: Ledger,
         now: float,
         drain_s: float = 30.0,
-        command: Sequence[str] = (),
     ) -> None:
         self.move = move
-        self.command = tuple(command)
         self.phase = Phase.DRAINING
         self._fleet = fleet
         self._ledger = ledger
@@ -203,20 +194,6 @@ class RoleSwitch:
         drained = self._ledger.load(instance).requests == 0
         if not drained and now < self._deadline_s:
             return self.phase
-        if not self.command:
-            self._fleet.relabel(instance.id, self.move.target)
-            self.phase = Phase.ACTIVE
-        elif drained:
-            self.phase = Phase.RELAUNCHING
-        else:
-            self._fleet.resume(instance.id)
-            self.phase = Phase.ABANDONED
-        return self.phase
-
-    def launched(self) -> None:
-        """Note that the restarted instance answers in its new role."""
-        instance = self.move.instance
-        instance.roles = frozenset({self.move.target})
-        instance.state = State.DRAINING
         self._fleet.relabel(instance.id, self.move.target)
         self.phase = Phase.ACTIVE
+        return self.phase

@@ -1,13 +1,20 @@
-"""How long each stage takes: linear models, as profiled, in a JSON file."""
+"""How long each stage takes: linear models, as profiled, in a JSON file.
+
+A cost profile (``vllm-plugins profile``) has the times of prefill and decode, and not how many KV
+blocks an instance has, nor how long encoding and handing over take.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_plugins.errors import PluginError
+
+if TYPE_CHECKING:
+    from vllm_plugins.engine.cost_profile import CostProfile
 
 # Such a file has a dozen numbers; anything much larger is some other file.
 MAX_BYTES = 1 << 16
@@ -84,6 +91,33 @@ class StageTimes(_Model):
     def blocks(self, tokens: int) -> int:
         """Return the KV blocks that hold so many tokens."""
         return -(-tokens // self.block_size)
+
+
+def times_of(profile: CostProfile, kv_blocks: int, block_size: int) -> StageTimes:
+    """Return the stage times that a cost profile tells, without encoding and handing over.
+
+    Steps of prefill are taken to lie above the profile's knee and steps of decode below it, where
+    both are linear, and rows are not rounded up to the profile's tile.
+
+    Args:
+        profile: Of one instance.
+        kv_blocks: KV blocks of an instance.
+        block_size: Tokens of a KV block.
+    """
+    model = profile.cost_model()
+    constant, row, above, request, context, product = (1e3 * one for one in model.coefficients)
+    before_knee = above * model.knee if above else 0.0
+    return StageTimes(
+        prefill=PrefillTimes(
+            base_ms=max(0.0, constant + request - before_knee),
+            token_ms=row + above,
+            # A whole prompt has half of its tokens squared as query-key products.
+            token2_ms=product / 2,
+        ),
+        decode=DecodeTimes(base_ms=constant, request_ms=row + request, context_ms=context),
+        kv_blocks=kv_blocks,
+        block_size=block_size,
+    )
 
 
 def load_stage_times(path: Path) -> StageTimes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -35,7 +35,7 @@ class _Waiting(Generic[Item]):
 
 
 class WaitingRoom(Generic[Item]):
-    """First come, first served.
+    """First come, first served, unless whoever is first could not use what there is.
 
     Args:
         max_queue: Most requests that wait.
@@ -67,21 +67,21 @@ class WaitingRoom(Generic[Item]):
         allowed = self._deadline_s if deadline_s is None else deadline_s
         self._queue.append(_Waiting(item, now + allowed))
 
+    def __iter__(self) -> Iterator[Item]:
+        """Go through those that wait now, in order; they may leave meanwhile."""
+        return iter([one.item for one in self._queue])
+
     def head(self) -> Item | None:
         """Return the request whose turn it is; it goes on waiting."""
         return self._queue[0].item if self._queue else None
 
-    def admit(self, now: float) -> Item:
-        """Take out the request whose turn it is, because there is room for it.
-
-        Raises:
-            IndexError: Nobody waits.
-        """
+    def admit(self, item: Item, now: float) -> None:
+        """Take out a request because there is room for it."""
         self._departures.append(now)
-        return self._queue.popleft().item
+        self.leave(item)
 
     def leave(self, item: Item) -> bool:
-        """Take out a request whose client has gone; return False if it does not wait here."""
+        """Take out a request that waits no longer; return False if it does not wait here."""
         return bool(self._discard(lambda one: one.item is item))
 
     def expire(self, now: float) -> list[Item]:
