@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -44,7 +44,13 @@ if TYPE_CHECKING:
     from vllm_plugins.spec_decode.specvlm.settings import SpecVLMSettings
 
 
-OWN_PARTS = ("fc.", "compressor.", "gate.")
+LENT = "embed_tokens."
+"""What the target lends; everything else is the checkpoint's."""
+STACKED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Projections that vLLM stacks, of which a checkpoint has each by itself."""
 
 
 @support_torch_compile(dynamic_arg_dims={"positions": 0, "hidden_states": 0})
@@ -211,11 +217,19 @@ class SpecVlmModel(nn.Module):
         """Load what a checkpoint holds; what the target lends is not among it.
 
         Raises:
-            PluginError: It lacks weights that no other model of vLLM would miss.
+            PluginError: It lacks weights, which vLLM does not look for in a drafter.
         """
-        loaded = AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
-        own = (name for name, _ in self.named_parameters() if name.startswith(OWN_PARTS))
-        missing = sorted(set(own) - loaded)
+        held: set[str] = set()
+
+        def noted() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, weight in weights:
+                held.add(name)
+                yield name, weight
+
+        # Before anything is loaded: quantisation may name parameters anew afterwards.
+        wanted = self._checkpoint_names()
+        loaded = AutoWeightsLoader(self).load_weights(noted(), mapper=self.hf_to_vllm_mapper)
+        missing = sorted(wanted - held)
         if missing:
             raise PluginError(
                 "--plugin specvlm: model",
@@ -223,6 +237,18 @@ class SpecVlmModel(nn.Module):
                 "train it: vllm-plugins train specvlm",
             )
         return loaded
+
+    def _checkpoint_names(self) -> set[str]:
+        """Return the weights and biases that a checkpoint has to hold, under its names."""
+        names = set()
+        for name, _ in self.named_parameters():
+            # Scales of quantised layers need not be there.
+            if name.startswith(LENT) or not name.endswith((".weight", ".bias", ".queries")):
+                continue
+            stack = next((x for x in STACKED if f".{x}." in name), "")
+            parts = STACKED.get(stack, (stack,))
+            names |= {name.replace(stack, part) for part in parts}
+        return {name.removeprefix("decoder.") for name in names}
 
 
 class SpecVlmDrafter(EagleLlamaForCausalLM, SupportsMultiModalEmbeddings):
@@ -289,12 +315,14 @@ class SpecVlmDrafter(EagleLlamaForCausalLM, SupportsMultiModalEmbeddings):
 
 
 def draft_config(vllm_config: VllmConfig) -> Any:
-    """Return the drafter's configuration, with biases where Qwen2 has them."""
+    """Return the drafter's configuration as vLLM's Llama layer reads it."""
     assert vllm_config.speculative_config is not None
     config = vllm_config.speculative_config.draft_model_config.hf_config
-    if "EagleSpecVLMQwen2ForCausalLM" in config.architectures:
-        # vLLM's Llama layer asks for it; Qwen2's configuration takes it for granted.
-        config.qkv_bias = True
+    # The drafter's layers are numbered after the target's; a list of their kinds has them alone.
+    config.target_layer_count = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+    if "EagleSpecVLMQwen2ForCausalLM" in config.architectures and config.attention_bias:
+        # Llama's attention_bias means the output too; Qwen2 has a bias before attention alone.
+        config.qkv_bias, config.attention_bias = True, False
     return config
 
 

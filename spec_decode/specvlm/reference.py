@@ -12,8 +12,17 @@ from vllm_plugins.spec_decode.specvlm.settings import Choice
 from vllm_plugins.spec_decode.specvlm.target import FrozenTarget, TargetRows
 
 
-def image_spans(image_mask: torch.Tensor) -> list[Span]:
-    """Return the runs of image tokens; bool, shape (n,)."""
+def image_spans(image_mask: torch.Tensor, images: int = 0) -> list[Span]:
+    """Return where each image of a prompt is.
+
+    Args:
+        image_mask: Which tokens are an image's, bool, shape (n,).
+        images: How many images these are, all of as many tokens, as they may lie side by side;
+            without it each run is one.
+    """
+    if images:
+        places = image_mask.nonzero().view(images, -1)
+        return [(int(one[0]), int(one[-1]) + 1) for one in places]
     padded = torch.nn.functional.pad(image_mask.int(), (1, 1)).diff()
     starts, ends = (padded == 1).nonzero()[:, 0], (padded == -1).nonzero()[:, 0]
     return list(zip(starts.tolist(), ends.tolist(), strict=True))
@@ -76,7 +85,8 @@ def reference_draft(
         target's own next one.
     """
     rows = target(input_ids[None], None, pixels)
-    spans = image_spans(input_ids == target.image_token)
+    images = len(pixels["pixel_values"]) if pixels else 0
+    spans = image_spans(input_ids == target.image_token, images)
     weights = None
     if choice is None and spans:
         choice, weights = drafter.decide(rows.features[0], len(input_ids), spans[-1][1])

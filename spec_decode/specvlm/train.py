@@ -161,10 +161,12 @@ def prepare(
     from vllm_plugins.spec_decode.specvlm.target import load_target
     from vllm_plugins.training.data import read_samples, split_samples
     from vllm_plugins.training.loop import Trainer
+    from vllm_plugins.training.pictures import check_pictures
 
     samples = read_samples(args.data, args.images)
     trained, held_out = split_samples(samples, args.held_out, args.seed)
     options = arguments.loop_options(args, len(trained), ranks.count)
+    check_pictures(samples, ranks, args.device)
     target = load_target(args.target, args.device, options.dtype)
     collator = load_collator(args, target)
     torch.manual_seed(args.seed)

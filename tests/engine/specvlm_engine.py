@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from build_once import CACHE, build_once
 from drafter import random_drafter
 from vision import IMAGE_TOKEN, VOCAB, tiny_llava
 
 from tests.models import make_engine
 from vllm_plugins import engine_args
+from vllm_plugins.spec_decode.specvlm.settings import OPERATORS
 
 PIXELS = 224
 GRID = 16
@@ -21,19 +23,25 @@ SHARP = 3.0
 FORMAT = 3
 
 
-def target() -> Path:
+def target(decoder: str = "llama") -> Path:
     """Return a LLaVA with 256 embeddings of an image, which looks at few tokens at a time.
 
     Attention of random weights is near the mean of all tokens, and 256 of them make every answer
     the same.
+
+    Args:
+        decoder: Kind of the language model, "llama" or "qwen2".
     """
-    return build_once(CACHE / "tiny-llava-sharp", {"format": FORMAT, "sharp": SHARP}, _sharpen)
+    shape, name = {"format": FORMAT, "sharp": SHARP}, "tiny-llava-sharp"
+    if decoder != "llama":
+        shape, name = shape | {"decoder": decoder}, f"{name}-{decoder}"
+    return build_once(CACHE / name, shape, lambda folder: _sharpen(folder, decoder))
 
 
-def _sharpen(folder: Path) -> None:
+def _sharpen(folder: Path, decoder: str) -> None:
     from safetensors.torch import load_file, save_file
 
-    source = tiny_llava(layers=2, positions=2048, pixels=PIXELS)
+    source = tiny_llava(layers=2, positions=2048, pixels=PIXELS, decoder=decoder)
     shutil.copytree(source, folder, dirs_exist_ok=True)
     weights = load_file(source / "model.safetensors")
     for name in weights:
@@ -42,13 +50,14 @@ def _sharpen(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def plain_target() -> Any:
+def plain_target(decoder: str = "llama") -> Any:
     """Return the target in transformers, float32."""
     from safetensors.torch import load_file
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration(LlavaConfig.from_pretrained(target())).eval()
-    weights = load_file(target() / "model.safetensors")
+    folder = target(decoder)
+    model = LlavaForConditionalGeneration(LlavaConfig.from_pretrained(folder)).eval()
+    weights = load_file(folder / "model.safetensors")
     # vLLM knows the tower under the name that transformers has since dropped.
     plain = {
         k.replace("vision_tower.vision_model.", "vision_tower."): v for k, v in weights.items()
@@ -58,23 +67,23 @@ def plain_target() -> Any:
     return model
 
 
-def drafter(**settings: Any) -> Path:
+def drafter(decoder: str = "llama", **settings: Any) -> Path:
     """Return a random drafter for it, with what its block `specvlm` says."""
-    return random_drafter(target(), (GRID, GRID), block_size=BLOCK, **settings)
+    return random_drafter(target(decoder), (GRID, GRID), block_size=BLOCK, **settings)
 
 
-def engine(options: dict[str, Any] | None = None, **arguments: Any) -> Any:
+def engine(options: dict[str, Any] | None = None, decoder: str = "llama", **arguments: Any) -> Any:
     """Run the target, with the plug-in where there are options; `model` is a random drafter."""
     plugin: dict[str, Any] = {}
     if options is not None:
-        plugin = engine_args("specvlm", **{"model": str(drafter())} | options)
+        plugin = engine_args("specvlm", **{"model": str(drafter(decoder))} | options)
     defaults = {
         "block_size": BLOCK,
         "max_num_seqs": 8,
         "seed": 0,
         "limit_mm_per_prompt": {"image": 3},
     }
-    return make_engine(target(), **defaults | plugin | arguments)
+    return make_engine(target(decoder), **defaults | plugin | arguments)
 
 
 def picture(seed: int) -> Any:
@@ -122,13 +131,30 @@ def drafter_of(llm: Any) -> Any:
     return worker_of(llm).model_runner.get_draft_model()
 
 
-def use(llm: Any, **changes: Any) -> Any:
-    """Change the settings of a live drafter, with no cached prompt left, and return them."""
+def use(llm: Any, pick: str | None = None, **changes: Any) -> Any:
+    """Change the settings of a live drafter, with no cached prompt left, and return them.
+
+    Args:
+        llm: The engine.
+        pick: What the gate picks; by default it decides.
+        **changes: Of the settings.
+    """
     model = drafter_of(llm).model
+    force_pick(model.gate, pick)
     settings = model.settings.model_copy(update=changes)
     model.settings = model.image_rows._settings = model.compressor.settings = settings
     assert llm.reset_prefix_cache()
     return settings
+
+
+def force_pick(gate: Any, pick: str | None) -> None:
+    """Have a gate pick an operator for every image, or decide by itself again."""
+    bias = gate.fc2.bias
+    if not hasattr(gate, "own_bias"):
+        gate.own_bias = bias.detach().clone()
+    forced = 0 if pick is None else 1e4 * torch.eye(len(OPERATORS))[OPERATORS.index(pick)]
+    with torch.no_grad():
+        bias.copy_(gate.own_bias + forced)
 
 
 def assert_idle(llm: Any) -> None:

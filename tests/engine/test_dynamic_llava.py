@@ -238,6 +238,29 @@ def test_small_steps_and_preemption():
         assert_idle(llm)
 
 
+def test_resumed_requests_that_find_their_own_blocks():
+    """Images begin early in a block, so that no hit ends among the chosen tokens."""
+    starts = (1, 4, 7, 9, 12, 15, 33, 36, 40)
+    asks = [Ask(before, (before % 7,), 30 + before, start=before) for before in starts]
+    tight = {"max_num_batched_tokens": 176, "num_gpu_blocks_override": 20, "max_model_len": 600}
+    with pruned(**tight) as llm:
+        manager, found = scheduler_of(llm).kv_cache_manager, []
+        original = manager.get_computed_blocks
+
+        def look(request):
+            blocks, tokens, *more = original(request)
+            if request.num_preemptions:
+                found.append(tokens)
+            return blocks, tokens, *more
+
+        manager.get_computed_blocks = look
+        outputs = answers(llm, asks, tokens=70)
+        assert any(found), found
+        assert tally(llm).partial == 0
+        assert_equal(asks, outputs)
+        assert_idle(llm)
+
+
 def test_an_image_that_is_encoded_already_comes_whole_too():
     """Steps begin with images and would end inside them: each request's question differs."""
     asks = [Ask(1, (5,), 3 + i, start=i) for i in range(12)]

@@ -11,7 +11,6 @@ from tests.engine.dynamic_llava_engine import (
     pruned,
 )
 from tests.models import scheduler_of
-from vllm_plugins.engine.block_holes import freeing
 
 pytestmark = pytest.mark.engine
 
@@ -24,6 +23,11 @@ ASKS = [
     Ask(60, (6,), 33),
 ]
 FREED = {"free_hole_blocks": True}
+
+
+def manager_of(llm):
+    """The manager of the upper layers' blocks."""
+    return scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers[1]
 
 
 def holes(llm, ask):
@@ -39,7 +43,7 @@ def holes(llm, ask):
 def assert_forgotten(llm):
     """Fail if requests that are gone are remembered; the scheduler tells of the last ones later."""
     scheduler_of(llm).schedule()
-    assert not freeing._HOLES
+    assert not manager_of(llm).holes
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +102,7 @@ def test_freed_blocks_serve_others_and_nobody_reads_theirs():
             preempted.append(request.num_output_tokens)
             return original(request, *args, **kwargs)
 
-        manager = scheduler.kv_cache_manager.coordinator.single_type_managers[1]
+        manager = manager_of(llm)
         remove = manager._remove_blocks_in_range
 
         def watched(request_id, first, last):

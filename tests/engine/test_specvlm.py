@@ -17,6 +17,7 @@ from tests.engine.specvlm_engine import (
     use,
 )
 from tests.models import scheduler_of
+from vllm_plugins.spec_decode.specvlm.settings import OPERATORS
 
 pytestmark = pytest.mark.engine
 
@@ -33,6 +34,13 @@ MODES = [
 ]
 
 
+PICKS = [{"mode": "select", "select_from": OPERATORS, "pick": name} for name in OPERATORS]
+
+
+def name_of(settings):
+    return "-".join(map(str, settings.values())).replace(str(OPERATORS), "all")
+
+
 @pytest.fixture(scope="module")
 def stock():
     return plain_answers()
@@ -44,10 +52,13 @@ def drafting(stock):
         yield llm
 
 
-@pytest.mark.parametrize("settings", MODES, ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("settings", MODES + PICKS, ids=name_of)
 def test_answers_are_the_targets_in_every_mode(drafting, stock, settings):
     use(drafting, **settings)
+    before = drafter_of(drafting).model.tally.images()
     assert greedy(drafting, PROMPTS) == stock
+    if pick := settings.get("pick"):
+        assert (drafter_of(drafting).model.tally.images() - before)[pick] > 5
     # Again, from cached prompts whose holes are those of the first time.
     assert greedy(drafting, PROMPTS[::-1]) == stock[::-1]
     assert_idle(drafting)
@@ -58,16 +69,26 @@ def test_answers_are_the_targets_in_every_mode(drafting, stock, settings):
 def test_hits_before_inside_and_behind_an_image(drafting, before, after):
     """Two prompts agree up to the image or some way behind it; blocks of 32 cut where they do."""
     use(drafting, mode="static", default_operator="pool")
+    assert_hits_change_nothing(drafting, before, after)
+
+
+@pytest.mark.parametrize("settings", MODES + PICKS, ids=name_of)
+def test_hits_in_every_mode(drafting, settings):
+    use(drafting, **settings)
+    assert_hits_change_nothing(drafting, 31, 60)
+
+
+def assert_hits_change_nothing(llm, before, after):
     pair = [prompt([before, "a", after]), prompt([before, "a" if after else "b", after])]
     for number, made in enumerate(pair):
         made["prompt_token_ids"] += [5 + number] * 9
     alone = []
     for made in pair:
-        use(drafting)
-        alone += greedy(drafting, [made])
+        assert llm.reset_prefix_cache()
+        alone += greedy(llm, [made])
     for order in (pair, pair[::-1]):
-        use(drafting)
-        answers = [greedy(drafting, [made])[0] for made in order]
+        assert llm.reset_prefix_cache()
+        answers = [greedy(llm, [made])[0] for made in order]
         assert answers == (alone if order is pair else alone[::-1])
 
 
@@ -109,8 +130,10 @@ def test_chunked_prompts(stock, budget, images):
     arguments = {"max_num_batched_tokens": budget, "limit_mm_per_prompt": {"image": images}}
     chosen = [i for i, made in enumerate(PROMPTS) if number_of_images(made) <= images]
     with engine({}, **arguments) as llm:
-        for _ in range(2):
-            assert greedy(llm, [PROMPTS[i] for i in chosen]) == [stock[i] for i in chosen]
+        for settings in MODES + PICKS:
+            use(llm, **settings)
+            assert greedy(llm, [PROMPTS[i] for i in chosen]) == [stock[i] for i in chosen], settings
+        assert greedy(llm, [PROMPTS[i] for i in chosen]) == [stock[i] for i in chosen]
         assert_idle(llm)
 
 
@@ -121,7 +144,9 @@ def scarce(stock):
         yield llm
 
 
-def test_preemption(scarce, stock):
+@pytest.mark.parametrize("settings", MODES + PICKS, ids=name_of)
+def test_preemption(scarce, stock, settings):
+    use(scarce, **settings)
     order = list(range(len(PROMPTS)))
     random.Random(0).shuffle(order)
     scheduler, seen = scheduler_of(scarce), []
@@ -132,7 +157,10 @@ def test_preemption(scarce, stock):
         return original(request, *args, **kwargs)
 
     scheduler._preempt_request = preempt
-    assert greedy(scarce, [PROMPTS[i] for i in order]) == [stock[i] for i in order]
+    try:
+        assert greedy(scarce, [PROMPTS[i] for i in order]) == [stock[i] for i in order]
+    finally:
+        scheduler._preempt_request = original
     assert seen
     assert_idle(scarce)
 

@@ -8,15 +8,23 @@ from vllm_plugins.errors import PluginError
 pytestmark = pytest.mark.engine
 
 
-def test_weights_that_are_missing_are_named(tmp_path):
+@pytest.mark.parametrize(
+    ("left_out", "named"),
+    [
+        ("gate.fc2", r"gate\.fc2\.bias"),
+        ("layers.0.self_attn.k_proj", r"layers\.0\.self_attn\.k_proj\.weight"),
+        ("layers.", r"layers\.0\.input_layernorm\.weight"),
+    ],
+)
+def test_weights_that_are_missing_are_named(tmp_path, left_out, named):
     from safetensors.torch import load_file, save_file
     from vllm.distributed import cleanup_dist_env_and_memory
 
     weights = load_file(drafter() / "model.safetensors")
-    kept = {name: tensor for name, tensor in weights.items() if not name.startswith("gate.fc2")}
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(left_out)}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((drafter() / "config.json").read_text())
-    message = r"--plugin specvlm: model: lacks weights, gate\.fc2\.bias among them; train it"
+    message = rf"--plugin specvlm: model: lacks weights, {named} among them; train it"
     try:
         with pytest.raises(PluginError, match=message), engine({"model": str(tmp_path)}):
             pass

@@ -8,9 +8,11 @@ import torch
 from tests.engine.specvlm_engine import (
     IMAGE_TOKEN,
     PATCHES,
+    PROMPTS,
     drafter,
     drafter_of,
     engine,
+    force_pick,
     greedy,
     plain_target,
     prompt,
@@ -25,7 +27,7 @@ from vllm_plugins.spec_decode.specvlm.target import FrozenTarget
 pytestmark = pytest.mark.engine
 
 STEPS = 5
-# An image at the start, or not; one or several; nothing, little or much behind it.
+# An image at the start, or not; one, several or two side by side; nothing, little or much behind.
 SHAPES = (
     ["d", 3],
     [9, "a", 40],
@@ -33,6 +35,7 @@ SHAPES = (
     [31, "e"],
     [3, "b", 5, "c", 17],
     [2, "g", 4, "h", 9],
+    [2, "g", "h", 9],
 )
 
 
@@ -43,19 +46,19 @@ def drafting():
 
 
 @cache
-def plain():
-    return FrozenTarget(plain_target().double()), load_drafter(drafter(), torch.float64)
+def plain(decoder):
+    own = load_drafter(drafter(decoder), torch.float64)
+    return FrozenTarget(plain_target(decoder).double()), own
 
 
-def reference(made, contents, settings, pick=None):
+def reference(made, contents, settings, pick=None, decoder="llama"):
     """Return the logits of a chain after a prompt, shape (steps, vocabulary)."""
     from transformers import AutoProcessor
 
-    model, own = plain()
+    model, own = plain(decoder)
     own.settings = own.compressor.settings = settings
-    with torch.no_grad():
-        own.gate.fc2.bias.copy_(gate_bias(pick))
-    pixels = AutoProcessor.from_pretrained(target()).image_processor(
+    force_pick(own.gate, pick)
+    pixels = AutoProcessor.from_pretrained(target(decoder)).image_processor(
         made["multi_modal_data"]["image"], return_tensors="pt"
     )
     ids = [x for x in made["prompt_token_ids"] for _ in range(PATCHES if x == IMAGE_TOKEN else 1)]
@@ -63,21 +66,10 @@ def reference(made, contents, settings, pick=None):
     return reference_draft(own, model, torch.tensor(ids), values, STEPS, contents=contents)
 
 
-@cache
-def trained_bias():
-    return load_drafter(drafter()).gate.fc2.bias.detach().clone()
-
-
-def gate_bias(pick):
-    """Return a bias with which the gate picks an operator, or its own."""
-    return trained_bias() + (0 if pick is None else 1e4 * torch.eye(5)[OPERATORS.index(pick)])
-
-
 def served(llm, made, pick=None):
     """Return the logits of the first chain after a prompt, and what identifies its images."""
     model = drafter_of(llm)
-    with torch.no_grad():
-        model.model.gate.fc2.bias.copy_(gate_bias(pick))
+    force_pick(model.model.gate, pick)
     logits, original = [], model.compute_logits
     model.model.image_rows.images.requests = []
 
@@ -95,9 +87,9 @@ def served(llm, made, pick=None):
     return torch.stack([x[0] for x in logits[:STEPS]]), contents
 
 
-def assert_agrees(llm, made, settings, pick=None):
+def assert_agrees(llm, made, settings, pick=None, decoder="llama"):
     got, contents = served(llm, made, pick)
-    wanted = reference(made, contents, settings, pick)
+    wanted = reference(made, contents, settings, pick, decoder)
     assert wanted.abs().max() > 1
     torch.testing.assert_close(got.double(), wanted, atol=1e-4, rtol=0)
     return wanted
@@ -149,3 +141,17 @@ def test_ratios(drafting, ratio):
         assert rows["dropped"] == before
         whole = use(drafting, mode="off")
         torch.testing.assert_close(logits, assert_agrees(drafting, prompt([9, "a", 40]), whole))
+
+
+def test_a_qwen2_target():
+    """Qwen2 has biases before attention and none behind it."""
+    with engine(decoder="qwen2") as llm:
+        stock = greedy(llm, PROMPTS)
+    with engine({}, decoder="qwen2") as llm:
+        attention = drafter_of(llm).model.layers[0].self_attn
+        assert attention.qkv_proj.bias is not None and attention.o_proj.bias is None
+        for operator in OPERATORS:
+            settings = use(llm, mode="static", default_operator=operator)
+            for parts in SHAPES[:3]:
+                assert_agrees(llm, prompt(parts), settings, decoder="qwen2")
+            assert greedy(llm, PROMPTS) == stock

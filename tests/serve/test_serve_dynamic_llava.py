@@ -11,13 +11,17 @@ import pytest
 from PIL import Image
 from vision import tiny_llava
 
+from tests.engine.dynamic_llava_engine import with_predictors
 from tests.models import tiny_llama
+from tests.png import huge_png
 from tests.serving import ProcessFailedError, served
 
 pytestmark = pytest.mark.serve
 
 PIXELS, TOKENS, BLOCK = 168, 144, 32
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+# Made before a server runs: it hangs up on a client that is silent for so long.
+HUGE = huge_png()
 SCORER = "dynamic_llava:image_keep_rate=0.25,image_scorer=attention"
 
 
@@ -45,11 +49,11 @@ def url_of(data: bytes) -> dict:
     return {"type": "image_url", "image_url": {"url": address}}
 
 
-def picture(seed: int, size: int = PIXELS) -> dict:
+def picture(seed: int, size: int = PIXELS, cut: int | None = None) -> dict:
     noise = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
     data = io.BytesIO()
     Image.fromarray(noise).save(data, "PNG")
-    return url_of(data.getvalue())
+    return url_of(data.getvalue()[:cut])
 
 
 def content(i: int) -> list[dict]:
@@ -117,14 +121,28 @@ def test_metrics_are_served(server):
     [
         [url_of(b"this is no picture")],
         [url_of(b"")],
-        [picture(i) for i in range(4)],
-        [picture(1), {"type": "text", "text": "t7 " * 1000}],
+        [picture(61, cut=2000)],
+        [picture(62 + i) for i in range(4)],
+        # One of its own: vLLM takes notice of a picture before it refuses the prompt.
+        [picture(66), {"type": "text", "text": "t7 " * 1000}],
     ],
-    ids=["broken", "empty", "too many", "too long"],
+    ids=["broken", "empty", "truncated", "too many", "too long"],
 )
 def test_bad_requests_are_answered_with_an_error_and_the_server_goes_on(server, parts):
     with pytest.raises(openai.BadRequestError):
         chat(server, parts)
+    assert text(chat(server, content(5)))
+
+
+def test_an_oversized_picture_is_refused_and_the_server_goes_on(server):
+    """By vLLM itself, which calls it an error of its own and closes the connection behind it."""
+    with (
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+        pytest.raises(openai.InternalServerError, match="400000000 pixels"),
+    ):
+        client.chat.completions.create(
+            model=server.model, messages=[{"role": "user", "content": [url_of(HUGE)]}], max_tokens=1
+        )
     assert text(chat(server, content(5)))
 
 
@@ -140,14 +158,25 @@ def test_prompt_logprobs_are_refused(server):
     assert text(chat(server, content(5)))
 
 
-def test_two_ranks_answer_as_one(server, arguments):
+def test_two_ranks_that_free_holes_answer_as_one_that_does_not(server, arguments):
     expected = [text(chat(server, content(i))) for i in range(8)]
-    plugin = ("--plugin", SCORER, "--tensor-parallel-size", "2")
+    plugin = ("--plugin", f"{SCORER},free_hole_blocks=true", "--tensor-parallel-size", "2")
     with served(tiny_llava(layers=4, pixels=PIXELS), *arguments, *plugin) as two:
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(lambda i: text(chat(two, content(i))), range(8)))
         assert two.metric("vllm_plugins:dynamic_llava_pruned_steps_total") > 0
     assert answers == expected
+
+
+def test_answers_that_are_forgotten_in_part(arguments, tmp_path):
+    """Alone and together: what one request forgets is no other one's."""
+    sizes = {"sparse_layer": 2, "d_model": 32, "nhead": 4, "dim_feedforward": 64, "num_layers": 1}
+    model = with_predictors(tmp_path, sizes | {"image_keep_rate": 0.3, "text_keep_rate": 0.5})
+    with served(model, *arguments, "--plugin", "dynamic_llava:text_keep=true") as forgetful:
+        alone = [text(chat(forgetful, content(i))) for i in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(lambda i: text(chat(forgetful, content(i))), range(4))) == alone
+        assert len(set(alone)) > 1 and dropped(forgetful) > 0
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 import base64
 import io
-import struct
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -11,6 +9,7 @@ import pytest
 
 from tests.engine.specvlm_engine import drafter, picture, target
 from tests.models import tiny_llama
+from tests.png import huge_png
 from tests.serving import ProcessFailedError, served
 
 pytestmark = pytest.mark.serve
@@ -27,20 +26,6 @@ def png(seed: int, size: int | None = None) -> bytes:
     image, out = picture(seed), io.BytesIO()
     (image.resize((size, size)) if size else image).save(out, "PNG")
     return out.getvalue()
-
-
-def huge_png(side: int = 20000) -> bytes:
-    """Return a small file that says it is an image of 400 million pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        body = kind + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    lines = zlib.compress(bytes((side // 8 + 1) * side))
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
-    )
 
 
 # Made before a server runs: it hangs up on a client that is silent for so long.

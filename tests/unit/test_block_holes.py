@@ -161,3 +161,50 @@ def test_the_table_without_holes(data):
         tokens = [min(size, length - size * column) for column in range(len(used))]
         kept = [n for n, block in zip(tokens, used, strict=True) if not flags[block]]
         assert int(seen[row]) == sum(kept)
+
+
+class Core:
+    """The part of an engine's core that frees holes: a pool, its manager and the policy."""
+
+    def __init__(self) -> None:
+        from vllm.v1.core.block_pool import BlockPool
+
+        from vllm_plugins.engine.block_holes.freeing import HoleManager, HolePolicy, HoleSpec
+        from vllm_plugins.engine.policy import SchedulerFacts
+        from vllm_plugins.metrics import Metrics
+        from vllm_plugins.visual_tokens.dynamic_llava.metrics import FREED
+
+        spec = HoleSpec(block_size=16, num_kv_heads=1, head_size=16, dtype=torch.float32)
+        self.pool = BlockPool(64, False, 16)
+        self.manager = HoleManager(spec, self.pool, False, 0, 16)
+        coordinator = SimpleNamespace(single_type_managers=(self.manager,))
+        managers = SimpleNamespace(coordinator=coordinator)
+        self.policy = HolePolicy(lambda span: plan_hole(*span, 20, 16), FREED)
+        facts = SchedulerFacts(100, 1, 1, lambda: 0.0, kv_cache_manager=managers)
+        self.policy.bind(facts, Metrics([FREED], {}))
+
+    def add(self, name: str, first: int, last: int) -> None:
+        place = SimpleNamespace(extract_embeds_range=lambda: [(first, last)])
+        feature = SimpleNamespace(mm_position=place)
+        self.policy.added(SimpleNamespace(request_id=name, mm_features=[feature]), 0.0)
+        self.manager.allocate_new_blocks(name, last + 1, last + 1)
+
+    def compute(self, name: str, tokens: int) -> int:
+        """Return how many blocks are given back when so many tokens are computed."""
+        before = self.pool.get_num_free_blocks()
+        self.manager.remove_skipped_blocks(name, tokens)
+        return self.pool.get_num_free_blocks() - before
+
+
+def test_two_engines_of_a_process_free_their_own_holes():
+    """Requests of both may have the same name, and one engine may end before the other."""
+    first = Core()
+    first.add("0", 0, 159)
+    second = Core()
+    second.add("0", 0, 95)
+    assert first.compute("0", 159) == 0
+    assert first.compute("0", 160) == plan_hole(0, 160, 20, 16).blocks == 8
+    assert second.compute("0", 96) == 4
+    second.policy.forget(["0"])
+    first.policy.forget(["0", "never seen"])
+    assert not first.manager.holes and not second.manager.holes

@@ -196,3 +196,38 @@ def test_a_text_model_is_refused_before_it_is_loaded():
     plugin = engine_args("dynamic_llava", **NORM)
     with pytest.raises(PluginError, match="serves LLaVA models, and this one is a llama"):
         EngineArgs(model=str(tiny_llama()), **plugin).create_engine_config()
+
+
+def hashes(config, salt=None, **options):
+    """Return the keys under which the prefix cache holds a prompt's blocks."""
+    from vllm import SamplingParams
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.request import Request
+
+    init_none_hash(sha256)
+    prompt, hasher = list(range(100)), get_request_block_hasher(32, sha256)
+    params = SamplingParams(max_tokens=1)
+    request = Request("a", prompt, params, None, cache_salt=salt, block_hasher=hasher)
+    assert len(request.block_hashes) == 3
+    if options:
+        policy = DynamicLlavaPlugin().policy(DynamicLlavaOptions(**options), config)
+        policy.added(request, 0.0)
+    return request.block_hashes
+
+
+def test_keep_settings_are_part_of_the_prefix_caches_key(config, monkeypatch):
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    stock = hashes(config)
+    assert hashes(config, **NORM | {"image_keep_rate": 1.0}) == stock
+    kinds = [
+        {},
+        NORM,
+        NORM | {"image_keep_rate": 0.5},
+        NORM | {"prune_layer": 3},
+        NORM | {"image_scorer": "random"},
+    ]
+    found = [hashes(config, salt, **kind) for kind in kinds for salt in (None, "tenant")]
+    assert all(len(keys) == 3 for keys in found)
+    assert len({key for keys in found for key in keys}) == 3 * len(found)
+    assert hashes(config, **NORM) == hashes(config, **NORM)

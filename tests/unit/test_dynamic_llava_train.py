@@ -119,6 +119,21 @@ def test_held_out_figures_are_logged(trained):
     assert 0 <= figures["text_kept"] <= 1
 
 
+@pytest.mark.parametrize("tokens", [20, 26])
+def test_answers_that_were_cut_off_are_not_judged(source, data, tmp_path, tokens):
+    """Nothing is left of any answer, or of those to the longer questions alone."""
+    entries = json.loads((data / "data.json").read_text())
+    for number, one in enumerate(entries[:24]):
+        one["conversations"][0]["value"] = "<image>\n" + " ".join(["t7"] * (4 + number % 2 * 8))
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    out = tmp_path / "out"
+    paths = ["--images", str(data), "--steps", "1", "--max-tokens", str(tokens)]
+    assert command(source, tmp_path, out, *paths) == 0
+    (line,) = [line for line in read_steps(out) if "evaluation" in line]
+    assert ("dense_right" in line["evaluation"]) == (tokens == 26)
+    assert "NaN" not in (out / "log.jsonl").read_text()
+
+
 def test_checkpoint_is_a_llava_that_vllm_knows_with_predictors_beside_it(trained, source):
     config = json.loads((trained / "config.json").read_text())
     assert SparseConfig.read(trained) == SparseConfig(

@@ -12,6 +12,8 @@ from tests.training_samples import write_samples
 from vllm_plugins.errors import PluginError
 from vllm_plugins.training.batches import Collator, Order
 from vllm_plugins.training.data import Sample, Turn, load_image, read_samples, split_samples
+from vllm_plugins.training.pictures import check_pictures
+from vllm_plugins.training.processes import Processes
 
 ASKED = {"from": "human", "value": "<image>\nt7 t8"}
 TOLD = {"from": "gpt", "value": "t9 t10 t11"}
@@ -117,6 +119,40 @@ def test_a_picture_over_the_bound_or_broken_is_refused(folder):
     sample.image.write_bytes(b"not a picture")
     with pytest.raises(PluginError, match=r"entry 0 .*cannot be decoded"):
         load_image(sample)
+
+
+def test_pictures_are_checked_before_training(folder):
+    """Every process looks at its share; the other one sees what follows."""
+    for name in ("b", "c", "d"):
+        Image.new("RGB", (20, 10), (9, 8, 7)).save(folder / "images" / f"{name}.png")
+    text = {"id": "y", "conversations": [ASKED_2, TOLD]}
+    samples = read(folder, [*(entry(image=f"{name}.png") for name in "abcd"), text])
+    check_pictures(samples, Processes(), "cpu")
+    path = samples[2].image
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(PluginError, match=r"entry 2 .*cannot be decoded .*; replace the picture"):
+        check_pictures(samples, Processes(), "cpu")
+    path.unlink()
+    with pytest.raises(PluginError, match=r"entry 2 .*cannot be decoded"):
+        check_pictures(samples, Processes(), "cpu")
+    Image.new("1", (1 << 14, 1 << 13)).save(path)
+    with pytest.raises(PluginError, match=r"entry 2 .*16384 x 8192 pixels, over"):
+        check_pictures(samples, Processes(), "cpu")
+
+
+def test_a_bad_picture_in_one_processs_share_ends_all_of_them(folder):
+    class Two(Processes):
+        """The second of two, told that the first one found something."""
+
+        def sum(self, value):
+            return value + 1
+
+    samples = read(folder, [entry(), entry()])
+    with pytest.raises(PluginError, match="another process found a picture"):
+        check_pictures(samples, Two(1, 2), "cpu")
+    samples[0].image.write_bytes(b"not a picture")
+    with pytest.raises(PluginError, match=r"entry 1 .*cannot be decoded"):
+        check_pictures(samples, Two(1, 2), "cpu")
 
 
 def test_held_out_samples_are_chosen_by_the_seed(folder):

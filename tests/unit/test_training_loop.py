@@ -266,3 +266,17 @@ def test_workers_prepare_the_same_batches(tmp_path):
     trainer(tmp_path / "b", helped, steps=4, workers=2).run()
     assert alone.seen == helped.seen
     assert torch.equal(alone.first.weight, helped.first.weight)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_refused_sample_is_told_in_one_line(tmp_path, workers):
+    def refuse(samples) -> Batch:
+        if any(sample.where == "sample 7" for sample in samples):
+            raise PluginError("sample 7", "image cannot be decoded", "replace the picture")
+        return collate(samples)
+
+    begun = trainer(tmp_path, workers=workers)
+    begun._collator = refuse
+    with pytest.raises(PluginError, match=r"^sample 7: image cannot be decoded; replace") as error:
+        begun.run()
+    assert "\n" not in str(error.value)

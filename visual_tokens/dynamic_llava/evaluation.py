@@ -113,7 +113,9 @@ def _judge(logits: torch.Tensor, batch: Batch, decided: torch.Tensor) -> Answers
     targets = batch.input_ids[0][answers]
     before = functional.pad(answers, (1, 0))[:-1]
     turn = ((answers & ~before).cumsum(0) - 1)[answers]
-    wrong = torch.zeros(int(turn.max()) + 1, dtype=torch.int64, device=logits.device)
+    # The limit of tokens may have cut all answers off.
+    turns = int(turn[-1]) + 1 if len(turn) else 0
+    wrong = torch.zeros(turns, dtype=torch.int64, device=logits.device)
     wrong.scatter_add_(0, turn, (logits.argmax(-1) != targets).long())
     losses = functional.cross_entropy(logits.double(), targets, reduction="none")
     return Answers(losses, wrong == 0, decided)
@@ -123,9 +125,11 @@ def summary(found: Iterable[Answers]) -> dict[str, float]:
     """Return means over conversations: of tokens' losses, of right answers, of tokens kept.
 
     Args:
-        found: At least one conversation's answers. ``text_kept`` is absent where no long answer
-            is among them.
+        found: At least one conversation's answers.
+
+    Returns:
+        ``cross_entropy`` and ``right``, and ``text_kept``; each absent where nothing counts for it.
     """
-    losses, right, decided = (torch.cat(parts).double() for parts in zip(*found, strict=True))
-    figures = {"cross_entropy": losses.mean().item(), "right": right.mean().item()}
-    return figures | ({"text_kept": decided.mean().item()} if len(decided) else {})
+    names = ("cross_entropy", "right", "text_kept")
+    gathered = (torch.cat(parts).double() for parts in zip(*found, strict=True))
+    return {n: x.mean().item() for n, x in zip(names, gathered, strict=True) if len(x)}

@@ -107,6 +107,11 @@ class Pruning:
         """Whether image tokens are dropped at all."""
         return self.keep_rate < 1
 
+    @property
+    def cache_key(self) -> str:
+        """What cached blocks depend on beside the prompt; empty where they are stock vLLM's."""
+        return f"{NAME} {self.keep_rate} {self.layer} {self.scorer}" if self.drops else ""
+
     def plan_span(self, span: Span, block_size: int) -> Hole:
         """Plan the hole of an image: the floor of the keep rate times its tokens are wanted.
 
@@ -244,7 +249,7 @@ class DynamicLlavaPlugin(WorkerPlugin, SchedulerPlugin):
 
         pruning, size = _pruning(options, config), config.cache_config.block_size
         if not pruning.frees:
-            return WholeImages()
+            return WholeImages(pruning.cache_key)
         from vllm_plugins.engine.block_holes.freeing import HolePolicy
         from vllm_plugins.visual_tokens.dynamic_llava.metrics import FREED
 

@@ -5,9 +5,9 @@ The folder of the run becomes the checkpoint that ``--plugin dynamic_llava`` ser
 which it does not give [G].
 
 Each process holds the whole model and 16 bytes for each trained parameter: weights, gradient and
-two moments in float32. By that sum a 7B model takes 112 GB besides what ``--recompute`` leaves of
-the activations, and a 13B model needs sharding, which there is not. ``--lr 0`` trains predictors
-alone, in any memory that serves the model in float32; that is not the paper's method.
+two moments in float32; a 7B model wants 140 GB (the README counts them), and a 13B model sharding,
+which there is not. ``--lr 0`` trains predictors alone, in any memory that serves the model in
+float32; that is not the paper's method.
 """
 
 from __future__ import annotations
@@ -90,11 +90,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace, config: SparseConfig, ranks: Processes) -> int:
     from vllm_plugins.training.data import read_samples, split_samples
+    from vllm_plugins.training.pictures import check_pictures
 
     source = model_folder(args.model)
     samples = read_samples(args.data, args.images, images_only=True)
     trained, held_out = split_samples(samples, args.held_out, args.seed)
     options = arguments.loop_options(args, len(trained), ranks.count)
+    check_pictures(samples, ranks, args.device)
     student = load_student(source, config, args, options)
     trainer = _trainer(student, trained, held_out, source, args, options, ranks)
     if args.resume:
@@ -199,6 +201,8 @@ def held_out_figures(
 ) -> dict[str, float]:
     """Return how held-out answers come out, with all tokens and with tokens removed.
 
+    Without figures of answers where all of them are beyond the limit of tokens.
+
     Args:
         student: The model in training.
         samples: Conversations, each with an image.
@@ -221,7 +225,8 @@ def held_out_figures(
             answer(student.model, predictors, config.sparse_layer, batch, dropping)
             for batch in batches
         )
-        figures |= {f"{kind}_{name}": found[name] for name in ("cross_entropy", "right")}
+        judged = {"cross_entropy", "right"} & found.keys()
+        figures |= {f"{kind}_{name}": found[name] for name in sorted(judged)}
         if kind == "sparse" and text and "text_kept" in found:
             figures["text_kept"] = found["text_kept"]
     return figures

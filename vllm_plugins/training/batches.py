@@ -126,7 +126,7 @@ class Collator:
             raise PluginError(
                 samples[worst].where,
                 f"its image does not fit into {self._max_tokens} tokens",
-                "raise --max-tokens or leave out the entry",
+                "raise --max-tokens",
             )
         answers = self._answer_mask(rendered, offsets, image_mask) & mask.bool()
         return Batch(

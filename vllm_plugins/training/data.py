@@ -9,10 +9,10 @@ at its beginning or its end.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from vllm_plugins.errors import PluginError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+T = TypeVar("T")
 MARKER = "<image>"
 HUMAN, GPT = "human", "gpt"
 # The mix of LLaVA-1.5 is one file of a gigabyte.
@@ -67,7 +68,7 @@ class Sample:
 
 
 def read_samples(data: Path, images: Path | None, images_only: bool = False) -> list[Sample]:
-    """Read and check a file of samples; the pictures themselves are opened when they are needed.
+    """Read and check a file of samples, but not the pictures themselves: see `pictures`.
 
     A turn of ``gpt`` before the first question and a question after the last answer are left out,
     as LLaVA's own training does: neither has a loss.
@@ -173,6 +174,19 @@ def load_image(sample: Sample, max_pixels: int = MAX_PIXELS) -> Image:
     Raises:
         PluginError: It cannot be decoded, or has more than ``max_pixels`` pixels.
     """
+    return _read_picture(sample, max_pixels, lambda picture: picture.convert("RGB"))
+
+
+def check_image(sample: Sample, max_pixels: int = MAX_PIXELS) -> None:
+    """Read a sample's picture as far as that goes without decoding it.
+
+    Raises:
+        PluginError: As of :func:`load_image`.
+    """
+    _read_picture(sample, max_pixels, lambda picture: picture.verify())
+
+
+def _read_picture(sample: Sample, max_pixels: int, read: Callable[[Image], T]) -> T:
     from PIL import Image
 
     assert sample.image is not None
@@ -185,12 +199,13 @@ def load_image(sample: Sample, max_pixels: int = MAX_PIXELS) -> Image:
                     f"image has {picture.width} x {picture.height} pixels, over {max_pixels}",
                     "scale it down",
                 )
-            return picture.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+            return read(picture)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, PluginError):
             raise
+        # Leaving the entry out would make it another run, which --resume refuses.
         raise PluginError(
-            sample.where, f"image cannot be decoded ({error})", "replace or leave it out"
+            sample.where, f"image cannot be decoded ({error})", "replace the picture"
         ) from None
 
 

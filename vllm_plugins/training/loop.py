@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,8 +152,13 @@ class Trainer:
             return module
         devices = [torch.cuda.current_device()] if self._options.device.startswith("cuda") else None
         # A micro-batch may leave parameters unused, such as those of an operator nobody picked.
+        # Gradients lie in the buckets that are exchanged, not beside them.
         return DistributedDataParallel(
-            module, device_ids=devices, find_unused_parameters=True, broadcast_buffers=False
+            module,
+            device_ids=devices,
+            find_unused_parameters=True,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
         )
 
     @property
@@ -308,11 +314,14 @@ class Trainer:
         loader: Any = DataLoader(
             self._samples,
             batch_sampler=_Stream(indices),
-            collate_fn=self._collator,
+            collate_fn=partial(_collated, self._collator),
             num_workers=self._options.workers,
             pin_memory=self._options.device.startswith("cuda"),
         )
-        return iter(loader)
+        for made in loader:
+            if isinstance(made, PluginError):
+                raise made
+            yield made
 
     def _stopped(self) -> bool:
         """Whether any process was interrupted; they stop together or none could go on."""
@@ -333,6 +342,14 @@ class Trainer:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
+
+
+def _collated(collator: Collator, samples: list[Sample]) -> Batch | PluginError:
+    """Return a refusal as it is: raised in a worker, it would arrive as an error of torch's."""
+    try:
+        return collator(samples)
+    except PluginError as error:
+        return error
 
 
 class _Stream:

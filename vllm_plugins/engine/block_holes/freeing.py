@@ -13,8 +13,9 @@ of the upper.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import cdiv
@@ -36,12 +37,15 @@ if TYPE_CHECKING:
 # vLLM registers its own kinds on first use and takes a list that is not empty for theirs.
 KVCacheSpecRegistry._ensure_registered()  # noqa: SLF001
 
-_HOLES: dict[str, tuple[Hole, ...]] = {}
-"""Holes of the requests that an engine's core holds; a process has one core at a time."""
-
 
 class HoleManager(FullAttentionManager):
-    """Full attention whose holes are freed once their media item is computed."""
+    """Full attention whose holes are freed once their media item is computed.
+
+    Attributes:
+        holes: Of the requests that the engine's core holds; its policy's own.
+    """
+
+    holes: Mapping[str, Sequence[Hole]] = MappingProxyType({})
 
     def remove_skipped_blocks(
         self,
@@ -56,7 +60,7 @@ class HoleManager(FullAttentionManager):
             processed_computed_tokens: Tokens whose steps are done.
             num_prompt_tokens: Unused.
         """
-        for hole in _HOLES.get(request_id, ()):
+        for hole in self.holes.get(request_id, ()):
             if processed_computed_tokens >= hole.end:
                 first = hole.first_block
                 self._remove_blocks_in_range(request_id, first, first + hole.blocks)
@@ -103,13 +107,15 @@ class HolePolicy(SchedulerPolicy):
     def __init__(self, plan_span: Callable[[Span], Hole], held: MetricSpec) -> None:
         self._plan_span = plan_span
         self._held = held
-        self._mine: dict[str, int] = {}
+        self._holes: dict[str, Sequence[Hole]] = {}
         self.metrics = (held,)
 
     def bind(self, facts: SchedulerFacts, metrics: Metrics) -> None:
-        """Begin an engine, without what an earlier one in this process may have left."""
+        """Let the managers of this engine, and of no other one in the process, see the holes."""
         super().bind(facts, metrics)
-        _HOLES.clear()
+        for manager in facts.kv_cache_manager.coordinator.single_type_managers:
+            if isinstance(manager, HoleManager):
+                manager.holes = self._holes
 
     def added(self, request: Request, arrived: float) -> None:
         """Plan the holes of a new request."""
@@ -120,16 +126,18 @@ class HolePolicy(SchedulerPolicy):
         ]
         holes = tuple(hole for hole in map(self._plan_span, spans) if hole.blocks)
         if holes:
-            _HOLES[request.request_id] = holes
-            self._mine[request.request_id] = sum(hole.blocks for hole in holes)
-            self.metric.set(self._held.name, sum(self._mine.values()))
+            self._holes[request.request_id] = holes
+            self._count()
 
     def forget(self, request_ids: Collection[str]) -> None:
         """Drop the holes of requests that are gone."""
         for name in request_ids:
-            if self._mine.pop(name, None) is not None:
-                del _HOLES[name]
-        self.metric.set(self._held.name, sum(self._mine.values()))
+            self._holes.pop(name, None)
+        self._count()
+
+    def _count(self) -> None:
+        blocks = sum(hole.blocks for holes in self._holes.values() for hole in holes)
+        self.metric.set(self._held.name, blocks)
 
 
 class FreedBlocks:
