@@ -56,6 +56,7 @@ ACTIVE = MetricSpec(
 )
 
 _directory: tempfile.TemporaryDirectory[str] | None = None
+_published = False
 
 
 def metrics_directory() -> Path:
@@ -79,10 +80,14 @@ def publish_in_this_process() -> None:
     from prometheus_client import REGISTRY
     from prometheus_client.multiprocess import MultiProcessCollector
 
+    global _published
+    if VLLM_DIRECTORY in os.environ or _published:
+        return
     # A server that was started from a process with plug-ins inherits that one's directory, whose
-    # values are not its own.
-    if VLLM_DIRECTORY not in os.environ and _directory is None:
-        REGISTRY.register(MultiProcessCollector(None, str(_make_directory())))
+    # values are not its own; an engine in this process may have made one already.
+    directory = _make_directory() if _directory is None else Path(_directory.name)
+    REGISTRY.register(MultiProcessCollector(None, str(directory)))
+    _published = True
 
 
 class Metrics:

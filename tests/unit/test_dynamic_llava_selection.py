@@ -33,7 +33,7 @@ def test_each_image_keeps_its_best_in_their_order(step, random, ties):
     tokens, plan, rows = step
     if plan is None:
         return
-    first = np.array([choice.first_row for choice in plan.choices])
+    first = np.array([choice.first_row for choice in plan.choices], np.int64)
     of_images = torch.from_numpy(first[:, None] + np.arange(tokens))
     values = [random.choice(range(4)) if ties else random.random() for _ in range(rows)]
     scores = torch.tensor(values, dtype=torch.float32)[of_images]

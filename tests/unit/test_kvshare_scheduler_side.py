@@ -1,6 +1,5 @@
 """What the scheduler's part promises, refuses, counts and orders, with vLLM's own requests."""
 
-import logging
 from collections import Counter
 from types import SimpleNamespace
 
@@ -16,13 +15,13 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
 from tests.unit.kvshare_texts import random_text
+from vllm_plugins.kv_connectors.kvshare import tally
 from vllm_plugins.kv_connectors.kvshare.plugin import KVShareOptions
 from vllm_plugins.kv_connectors.kvshare.scheduler_side import SchedulerSide
 from vllm_plugins.kv_connectors.kvshare.tally import WARM_UP
 from vllm_plugins.kv_connectors.kvshare.transfer import Results
 
 BLOCK, LAYERS = 16, 32
-LOGGER = "vllm.vllm_plugins.kvshare"
 
 
 class Counts(Counter):
@@ -213,32 +212,34 @@ def test_what_is_aborted_meanwhile_is_no_reuse(server):
     assert not server.side._states
 
 
-def warnings(caplog):
-    return [r.getMessage() for r in caplog.records if "none of the first" in r.getMessage()]
+@pytest.fixture
+def warnings(monkeypatch):
+    """What is warned of."""
+    said = []
+    monkeypatch.setattr(tally.logger, "warning", lambda text, *values: said.append(text % values))
+    return said
 
 
-def test_no_reuse_after_a_warm_up_is_a_warning_with_the_likely_cause(server, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+def test_no_reuse_after_a_warm_up_is_a_warning_with_the_likely_cause(server, warnings):
     for number in range(2 * WARM_UP + 9):
         # Every third one wants none, and is no sign of anything.
         out = {"reuse": False, "store": False} if number % 3 == 0 else None
         server.serve(server.request(server.text(40), out))
         asked = server.counts.refusals().get("short", 0)
-        assert len(warnings(caplog)) == (asked >= WARM_UP)
-    [message] = warnings(caplog)
+        assert len(warnings) == (asked >= WARM_UP)
+    [message] = warnings
     assert message == (
         "kvshare: none of the first 100 requests reused stored KV (short: 100); the likely cause: "
         "beyond the prefix cache's hit, prompts have less than min_reuse tokens"
     )
 
 
-def test_where_anything_is_reused_there_is_no_warning(server, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+def test_where_anything_is_reused_there_is_no_warning(server, warnings):
     request = reusing(server)
     server.load(request, recomputed={request.request_id: 0})
     for _ in range(2 * WARM_UP):
         server.serve(server.request(server.text(40)))
-    assert not warnings(caplog)
+    assert not warnings
 
 
 def decoding(server, generated):

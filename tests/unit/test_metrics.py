@@ -138,24 +138,30 @@ PUBLISH = """
 import os, pathlib
 import vllm_plugins.metrics as m
 from prometheus_client import REGISTRY, generate_latest
+gauge = m.MetricSpec("b", "gauge", "A gauge.")
+if ENGINE_FIRST:
+    del os.environ[m.OWN_DIRECTORY]
+    m.Metrics([gauge], {})
 m.publish_in_this_process()
 m.publish_in_this_process()
-m.Metrics([m.MetricSpec("b", "gauge", "A gauge.")], {}).set("b", 9)
+m.Metrics([gauge], {}).set("b", 9)
 shown = [line for line in generate_latest(REGISTRY).decode().splitlines() if "vllm_plugins" in line]
 assert shown[-1] == "vllm_plugins:b 9.0" and len(shown) == 3, shown
 print(os.environ[m.OWN_DIRECTORY])
 """
 
 
-def test_a_server_publishes_once_and_cleans_up(folder):
+@pytest.mark.parametrize("engine_first", [False, True])
+def test_a_server_publishes_once_and_cleans_up(folder, engine_first):
     """The default registry shows the values once, and the folder goes with the process.
 
     The server's parent has plug-ins too, and values of the same names.
     """
     Metrics(SPECS, {}).set("b", 5)
     env = dict(os.environ)
+    script = f"ENGINE_FIRST = {engine_first}\n{PUBLISH}"
     done = subprocess.run(
-        [sys.executable, "-c", PUBLISH], capture_output=True, text=True, env=env, check=False
+        [sys.executable, "-c", script], capture_output=True, text=True, env=env, check=False
     )
     assert done.returncode == 0, done.stderr
     own = Path(done.stdout.strip())
