@@ -96,3 +96,15 @@ def scheduler_of(llm: "LLM") -> Any:
 def worker_of(llm: "LLM") -> Any:
     """Return the live worker of an engine that `make_engine` made."""
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+
+def plugin_samples() -> list[Any]:
+    """Return what engines of this process have written for `/metrics`, whoever else reads it."""
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    from vllm_plugins.metrics import metrics_directory
+
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(metrics_directory()))
+    return [sample for metric in registry.collect() for sample in metric.samples]

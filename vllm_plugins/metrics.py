@@ -64,12 +64,14 @@ def metrics_directory() -> Path:
     for name in (VLLM_DIRECTORY, OWN_DIRECTORY):
         if name in os.environ:
             return Path(os.environ[name])
-    return _make_directory()
+    return _own_directory()
 
 
-def _make_directory() -> Path:
+def _own_directory() -> Path:
+    """Return the directory that this process has made, or makes now."""
     global _directory
-    _directory = tempfile.TemporaryDirectory(prefix="vllm-plugins-metrics-")
+    if _directory is None:
+        _directory = tempfile.TemporaryDirectory(prefix="vllm-plugins-metrics-")
     # Child processes inherit the environment, which is how an engine finds its server.
     os.environ[OWN_DIRECTORY] = _directory.name
     return Path(_directory.name)
@@ -81,13 +83,11 @@ def publish_in_this_process() -> None:
     from prometheus_client.multiprocess import MultiProcessCollector
 
     global _published
-    if VLLM_DIRECTORY in os.environ or _published:
-        return
-    # A server that was started from a process with plug-ins inherits that one's directory, whose
-    # values are not its own; an engine in this process may have made one already.
-    directory = _make_directory() if _directory is None else Path(_directory.name)
-    REGISTRY.register(MultiProcessCollector(None, str(directory)))
-    _published = True
+    if VLLM_DIRECTORY not in os.environ and not _published:
+        # Not the one that a server inherits from a parent with plug-ins, whose values are not its
+        # own.
+        REGISTRY.register(MultiProcessCollector(None, str(_own_directory())))
+        _published = True
 
 
 class Metrics:

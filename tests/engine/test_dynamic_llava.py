@@ -24,7 +24,7 @@ from tests.engine.dynamic_llava_engine import (
     with_predictors,
     worst,
 )
-from tests.models import make_engine, scheduler_of, worker_of
+from tests.models import make_engine, plugin_samples, scheduler_of, worker_of
 
 pytestmark = pytest.mark.engine
 
@@ -191,18 +191,12 @@ def test_aborts_leave_nothing(llm):
 
 
 def test_metrics_move(llm):
-    from prometheus_client import REGISTRY
-
-    from vllm_plugins.metrics import publish_in_this_process
-
     model = str(llm.llm_engine.vllm_config.model_config.served_model_name)
-    publish_in_this_process()
 
     def counted():
-        found = [s for metric in REGISTRY.collect() for s in metric.samples]
         return {
             (s.name.removeprefix("vllm_plugins:dynamic_llava_"), s.labels.get("fate", "")): s.value
-            for s in found
+            for s in plugin_samples()
             if "dynamic_llava" in s.name and s.labels["model_name"] == model
         }
 

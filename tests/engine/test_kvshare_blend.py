@@ -10,6 +10,7 @@ from tests.engine.kvshare_engine import (
     prompt,
     served,
 )
+from tests.models import plugin_samples
 from vllm_plugins.kv_connectors.kvshare import blend as blending
 
 pytestmark = pytest.mark.engine
@@ -70,10 +71,7 @@ def test_only_the_budget_is_recomputed(blend, monkeypatch):
 
 def deviations() -> tuple[float, float]:
     """Return how many deviations `/metrics` shows, and their sum."""
-    from prometheus_client import REGISTRY
-
-    name = "vllm_plugins:kvshare_relative_deviation"
-    samples = [s for metric in REGISTRY.collect() for s in metric.samples]
+    name, samples = "vllm_plugins:kvshare_relative_deviation", plugin_samples()
     count, total = (
         sum(s.value for s in samples if s.name == name + end) for end in ("_count", "_sum")
     )

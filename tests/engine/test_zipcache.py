@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.models import make_engine, scheduler_of, tiny_llama, worker_of
+from tests.models import make_engine, plugin_samples, scheduler_of, tiny_llama, worker_of
 from vllm_plugins import engine_args
 from vllm_plugins.attention_backends.zipcache.page import PageFormat
 
@@ -164,22 +164,16 @@ def test_aborts_leave_nothing(packed):
 
 
 def test_metrics_move(packed):
-    from prometheus_client import REGISTRY
-
-    from vllm_plugins.metrics import publish_in_this_process
-
     # Engines of other tests in this process have values under their own models' names.
     model = str(packed.llm_engine.vllm_config.model_config.served_model_name)
 
     def counted(name):
-        found = [s for metric in REGISTRY.collect() for s in metric.samples]
         return sum(
             s.value
-            for s in found
+            for s in plugin_samples()
             if s.name == f"vllm_plugins:zipcache_{name}" and s.labels["model_name"] == model
         )
 
-    publish_in_this_process()
     sealed = counted("sealed_blocks_total")
     greedy(packed, [PROMPTS[-1]])
     # 14 blocks of the prompt, and one that is filled by what follows.
