@@ -110,6 +110,14 @@ def settings() -> dict[str, tuple[str, float | None, str]]:
     return found
 
 
+def lay_out_shares(axis: Any) -> None:
+    """Have a horizontal axis show shares of the reused tokens, in percent."""
+    axis.set_xscale("symlog", linthresh=2)
+    ticks = [0, 2, 5, 10, 30, 100]
+    axis.set_xticks(ticks, [f"{tick} %" for tick in ticks])
+    axis.set_xlim(left=-0.2)
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draw accuracy on two documents against the share that was recomputed."""
     from vllm_plugins.cli.pictures import pyplot
@@ -122,10 +130,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.plot(shares, [100 * r["two_documents"] for r in rows], marker="o", label=selector)
     full = 100 * result["full_prefill"]["two_documents"]
     axis.axhline(full, color="grey", linestyle="--", label="full prefill")
-    axis.set_xscale("symlog", linthresh=2)
-    ticks = [0, 2, 5, 10, 30, 100]
-    axis.set_xticks(ticks, [f"{tick} %" for tick in ticks])
-    axis.set_xlim(left=-0.2)
+    lay_out_shares(axis)
     axis.set_xlabel("reused tokens that were recomputed")
     axis.set_ylabel("right answers that need two documents, %")
     axis.legend()

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from in_process import counted, engine, write
-from kvshare_accuracy import QUESTIONS, READER
+from kvshare_accuracy import QUESTIONS, READER, lay_out_shares
 from kvshare_perplexity import forced_processor
 from reader_data import VOCABULARY, later_prompt, make_prompt
 
@@ -145,10 +145,8 @@ def draw(rows: dict[str, Any], path: Path) -> None:
         of_rule = [row for row in rows.values() if row["rule"] == rule]
         shares = [100 * (row["recomputed_share"] + row["refreshed_share"]) for row in of_rule]
         axis.plot(shares, [row["later_kl"] for row in of_rule], marker="o", label=rule)
-    axis.set_xscale("symlog", linthresh=2)
+    lay_out_shares(axis)
     axis.set_yscale("log")
-    ticks = [0, 2, 5, 10, 30, 100]
-    axis.set_xticks(ticks, [f"{tick} %" for tick in ticks])
     axis.set_xlabel("reused tokens that were recomputed, in both stages")
     axis.set_ylabel("KL from a full prefill at later answers, nats")
     axis.legend()
