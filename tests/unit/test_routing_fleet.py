@@ -114,7 +114,7 @@ def test_a_draining_instance_that_fails_comes_back_draining():
 
 
 def test_waiting_is_first_come_first_served():
-    room = WaitingRoom(10, deadline_s=100.0)
+    room = WaitingRoom(10)
     first, second, third = object(), object(), object()
     for item in (first, second, third):
         room.enter(item, 0.0)
@@ -126,19 +126,8 @@ def test_waiting_is_first_come_first_served():
     assert room.head() is None and len(room) == 0
 
 
-def test_each_request_has_its_own_deadline():
-    room = WaitingRoom(10, deadline_s=5.0)
-    room.enter("usual", 0.0)
-    room.enter("hasty", 0.0, deadline_s=1.0)
-    room.enter("late", 3.0)
-    assert room.expire(0.5) == []
-    assert room.expire(1.0) == ["hasty"]
-    assert room.expire(5.0) == ["usual"]
-    assert room.head() == "late"
-
-
 def test_a_full_room_refuses_with_the_time_the_queue_takes():
-    room = WaitingRoom(20, deadline_s=1000.0)
+    room = WaitingRoom(20)
     for item in range(20):
         room.enter(item, 0.0)
     with pytest.raises(QueueFull) as unknown:
@@ -156,7 +145,7 @@ def test_a_full_room_refuses_with_the_time_the_queue_takes():
 
 
 def test_a_room_of_no_places_refuses_all():
-    room = WaitingRoom(0, deadline_s=1.0)
+    room = WaitingRoom(0)
     with pytest.raises(QueueFull):
         room.enter("x", 0.0)
     assert room.retry_after(0.0) == 1.0

@@ -98,7 +98,7 @@ class Desk:
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._queue_timeout_s = queue_timeout_s
-        self._rooms = {role: WaitingRoom[_Waiter](max_queue, queue_timeout_s) for role in Role}
+        self._rooms = {role: WaitingRoom[_Waiter](max_queue) for role in Role}
 
     def expected_answer(self, limit: int | None) -> int:
         """Return the expected length of an answer of at most ``limit`` tokens."""
