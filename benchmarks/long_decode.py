@@ -53,7 +53,7 @@ def serve(given: dict[str, Any]) -> None:
 
     plugin = engine_args(given["plugin"]) if given["plugin"] else {}
     llm = LLM(given["model"], skip_tokenizer_init=True, load_format="dummy", max_num_seqs=4,
-              enable_prefix_caching=True, **given["arguments"], **plugin)  # fmt: skip
+              enable_prefix_caching=True, **(plugin | given["arguments"]))  # fmt: skip
 
     def seconds(context: int, tokens: int) -> float:
         ids = np.random.default_rng(context).integers(3, 32000, context).tolist()

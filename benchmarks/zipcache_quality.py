@@ -17,7 +17,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ class Setting:
         normalizer: As the plug-in's option.
         scaled: Whether values have a scale for each channel.
         first: First tokens that are salient at any rate.
+        keys: Share of the tokens whose keys have four bits, where it is not ``ratio``. The plug-in
+            has no such pages; what they would be worth is measured here.
     """
 
     bits: str
@@ -60,6 +62,7 @@ class Setting:
     normalizer: str = "probe_nnz"
     scaled: bool = True
     first: int = ALWAYS_FIRST
+    keys: float | None = None
 
     @property
     def label(self) -> str:
@@ -71,12 +74,22 @@ class Setting:
             *([self.normalizer] if self.normalizer != "probe_nnz" else []),
             *(["no value scale"] if not self.scaled else []),
             *(["no first tokens"] if self.first != ALWAYS_FIRST else []),
+            *([f"keys r={self.keys:g}"] if self.keys is not None else []),
         ]
         return ", ".join([self.bits + ratio, *extra])
 
     def page(self, head_size: int) -> PageFormat:
         """Return the format of its pages."""
         return PageFormat.of(self.block, head_size, self.bits, self.ratio)
+
+    def of_keys(self) -> Setting:
+        """Return the setting whose salient tokens are those of the keys."""
+        return self if self.keys is None else replace(self, ratio=self.keys, keys=None)
+
+    def token_bytes(self, head_size: int) -> int:
+        """Return the bytes of a token and KV head."""
+        page, keys = self.page(head_size), self.of_keys().page(head_size)
+        return -(-(page.size + (keys.salient - page.salient) * page.row) // self.block)
 
 
 def settings() -> Iterator[Setting]:
@@ -92,6 +105,11 @@ def settings() -> Iterator[Setting]:
     yield Setting("4/2", 0.6, first=0)
     for block in (32, 128):
         yield Setting("4/2", 0.6, block=block)
+    yield Setting("4/4", block=128)
+    # Which of the two needs its bits: keys, or values.
+    yield Setting("4/2", 1, block=128, keys=0.6)
+    for ratio in (0, 0.3, 0.6):
+        yield Setting("4/2", ratio, block=128, keys=1)
 
 
 class Recorder:
@@ -188,11 +206,12 @@ def salient_tokens(prompt: Prompt, layer: int, setting: Setting, page: PageForma
 
 def packed(prompt: Prompt, setting: Setting) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Return keys and values of each layer as a setting's cache gives them back."""
-    page = setting.page(prompt.keys[0].shape[-1])
+    of_keys, size = setting.of_keys(), prompt.keys[0].shape[-1]
     for layer, (keys, values) in enumerate(zip(prompt.keys, prompt.values, strict=True)):
         k, v = (x.unflatten(1, (-1, setting.block)) for x in (keys, values))
         codes = quantiser.quantise(k, v, setting.scaled)
-        k, v = quantiser.dequantise(codes, salient_tokens(prompt, layer, setting, page))
+        chosen = [salient_tokens(prompt, layer, x, x.page(size)) for x in (of_keys, setting)]
+        k, v = (quantiser.dequantise(codes, x)[i] for i, x in enumerate(chosen))
         yield k.flatten(1, 2), v.flatten(1, 2)
 
 
@@ -247,19 +266,21 @@ def row(model: Any, setting: Setting, increases: list[float]) -> dict[str, Any]:
     """Return what is reported of a setting."""
     config = model.config
     size = config.hidden_size // config.num_attention_heads
-    page = setting.page(size)
-    token = page.token_bytes * config.num_key_value_heads * config.num_hidden_layers
+    each = setting.token_bytes(size)
+    token = each * config.num_key_value_heads * config.num_hidden_layers
     mean = statistics.mean(increases)
     spread = statistics.stdev(increases) / len(increases) ** 0.5 if len(increases) > 1 else 0.0
     return {
         "bits": setting.bits,
         "salient ratio": setting.ratio,
         "choice": setting.choice,
+        "salient ratio of keys": setting.of_keys().ratio,
         "increase": math.exp(mean) - 1,
         "error": spread,
         "bytes per token": token,
         "tokens per GiB": 2**30 // (token * setting.block) * setting.block,
-        "smaller than bfloat16": 4 * size / page.token_bytes,
+        "smaller than bfloat16": 4 * size / each,
+        "smaller than bfloat16, heads of 128": 512 / setting.token_bytes(128),
     }
 
 

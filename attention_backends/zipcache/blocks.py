@@ -179,9 +179,11 @@ class BlockLife:
 
     def _admit(self, output: SchedulerOutput) -> None:
         for new in output.scheduled_new_reqs:
-            length = _prompt_length(new)
-            self._prompts[new.req_id] = length
-            self._add(new.req_id, new.block_ids[0], new.num_computed_tokens, length)
+            length = self._prompts[new.req_id] = _prompt_length(new)
+            if new.req_id in self._requests:
+                self._continue(self._requests[new.req_id], new, length)
+            else:
+                self._add(new.req_id, new.block_ids[0], new.num_computed_tokens, length)
         cached = output.scheduled_cached_reqs
         for i, name in enumerate(cached.req_ids):
             blocks = cached.new_block_ids[i]
@@ -198,6 +200,21 @@ class BlockLife:
         assert name not in self._requests, f"request {name} begins twice"
         assert computed % size == 0, "an unfilled block cannot come from elsewhere"
         self._requests[name] = _Request(list(blocks), computed, prompt, computed // size)
+
+    def _continue(self, request: _Request, new: NewRequestData, prompt: int) -> None:
+        """Begin a streaming session's next turn, and take back what ran ahead of the last one.
+
+        A step that was under way when the turn ended may have computed a token that is none of the
+        session's. Where that token has filled a block, the residual row still has all of it.
+        """
+        size, row, computed = self.options.block_size, request.row, new.num_computed_tokens
+        index, kept = divmod(computed, size)
+        if kept and computed < request.computed:
+            assert index == (request.computed - 1) // size, "a turn's end is taken back by a block"
+            self._move(request.blocks[index], RAW - row)
+            self._row_seen[row, kept:] = 0
+        request.filled = None
+        request.blocks, request.computed, request.prompt = list(new.block_ids[0]), computed, prompt
 
     def _end(self, name: str) -> None:
         request = self._requests.pop(name, None)

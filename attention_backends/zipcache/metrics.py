@@ -40,10 +40,11 @@ class BlockMeter:
     """
 
     def __init__(self, config: VllmConfig) -> None:
-        from vllm.distributed import get_tp_group
+        from vllm.distributed import get_pp_group, get_tp_group
 
         self._metrics: Metrics | None = None
-        if get_tp_group().is_first_rank:
+        # Values of an engine's processes are added up.
+        if get_tp_group().is_first_rank and get_pp_group().is_first_rank:
             self._metrics = Metrics([ACTIVE, *ALL], engine_labels(config))
             self._metrics.set(ACTIVE.name, 1, "zipcache")
             for reason in REASONS:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from vllm_plugins.attention_backends.zipcache.worker import ZipCacheListener
 
 CUDA_BLOCK_SIZE = 64
+# What the CPU kernels have room for on their stacks.
+LARGEST_HEAD = 512
 # The kernels keep a quarter of a head for each of 16 queries or 64 keys in registers.
 CUDA_LARGEST_HEAD = 256
 
@@ -123,7 +125,7 @@ class ZipCachePlugin(AttentionPlugin):
         "sequence within one block"
     )
     requires = Requirements(
-        vllm=">=0.32", platforms=frozenset({"cpu", "cuda"}), runners=frozenset({"V1"})
+        vllm=">=0.32", platforms=frozenset({"cpu", "cuda"}), runners=frozenset({"V1", "V2"})
     )
     conflicts: ClassVar[dict[str, str]] = {
         "kvshare": "it moves KV, and packed pages depend on what else attended to them",
@@ -176,35 +178,39 @@ class ZipCachePlugin(AttentionPlugin):
 
 def _unsupported(config: VllmConfig) -> list[tuple[str, str, str]]:
     """Return what the engine's configuration has that ZipCache cannot serve."""
-    parallel, cache, model = config.parallel_config, config.cache_config, config.model_config
-    head = model.get_head_size()
+    mend = "drop the plug-in for this model"
+    models = [("this model", reason, mend) for reason in _of_model(config)]
+    return [*models, *_of_cache(config), *_of_engine(config)]
+
+
+def _of_model(config: VllmConfig) -> list[str]:
+    """Return why a model's KV cache cannot be kept."""
+    model = config.model_config
+    head = 0 if model.use_mla else model.get_head_size()
+    found: list[tuple[Any, str]] = [
+        (model.use_mla, "its latent attention (MLA) keeps no keys and values of heads"),
+        (
+            head % HEAD_MULTIPLE,
+            f"its heads have {head} channels, no multiple of {HEAD_MULTIPLE}",
+        ),
+        (
+            head > LARGEST_HEAD,
+            f"its heads have {head} channels, the kernels know {LARGEST_HEAD}",
+        ),
+        (model.is_mm_prefix_lm, "tokens of its images attend to later ones"),
+        (model.is_hybrid, "some of its layers keep a state instead of keys and values"),
+    ]
+    return [reason for applies, reason in found if applies]
+
+
+def _of_cache(config: VllmConfig) -> list[tuple[str, str, str]]:
+    """Return what the cache's settings have that packed pages do not."""
+    cache = config.cache_config
+    # The model's own dtype is what "auto" stands for.
+    own = str(config.model_config.dtype).removeprefix("torch.")
     found: list[tuple[Any, tuple[str, str, str]]] = [
         (
-            model.use_mla,
-            (
-                "this model",
-                "its latent attention (MLA) keeps no keys and values of heads",
-                "use a model with grouped-query attention",
-            ),
-        ),
-        (
-            not model.use_mla and head % HEAD_MULTIPLE,
-            (
-                "this model",
-                f"its heads have {head} channels, no multiple of {HEAD_MULTIPLE}",
-                "drop the plug-in for this model",
-            ),
-        ),
-        (
-            model.is_hybrid,
-            (
-                "this model",
-                "some of its layers keep a state instead of keys and values",
-                "drop the plug-in for this model",
-            ),
-        ),
-        (
-            cache.cache_dtype not in ("auto", "float16", "bfloat16"),
+            cache.cache_dtype not in ("auto", own),
             ("--kv-cache-dtype", "the cache is quantised by the plug-in", "use 'auto'"),
         ),
         (
@@ -232,6 +238,16 @@ def _unsupported(config: VllmConfig) -> list[tuple[str, str, str]]:
                 "drop one of the two",
             ),
         ),
+    ]
+    return [problem for applies, problem in found if applies]
+
+
+def _of_engine(config: VllmConfig) -> list[tuple[str, str, str]]:
+    """Return what the engine's other settings have that ZipCache cannot serve."""
+    import vllm.envs as envs
+
+    parallel = config.parallel_config
+    found: list[tuple[Any, tuple[str, str, str]]] = [
         (
             config.speculative_config is not None,
             (
@@ -247,6 +263,14 @@ def _unsupported(config: VllmConfig) -> list[tuple[str, str, str]]:
                 "a block's tokens would lie on several ranks",
                 "use tensor parallelism",
             ),
+        ),
+        (
+            parallel.enable_elastic_ep,
+            ("--enable-elastic-ep", "ranks that come warm up on blocks of others", "drop it"),
+        ),
+        (
+            envs.VLLM_BATCH_INVARIANT,
+            ("VLLM_BATCH_INVARIANT=1", "it chooses attention kernels of its own", "unset it"),
         ),
     ]
     return [problem for applies, problem in found if applies]

@@ -168,7 +168,8 @@ def seal(layer: LayerMemory, seals: Seals) -> None:
             low = quantiser.low_planes(codes)
         else:
             low, sums = layer.staging[source], layer.staging_sums[source]
-        scores = sums * seals.weight[i]
+        # What is no number is below all scores, as in the other kernels.
+        scores = (sums * seals.weight[i]).nan_to_num(nan=-1.0, posinf=torch.inf)
         scores[:, : int(seals.forced[i])] = torch.inf
         salient = saliency.choose(scores, layer.page.salient)
         quantiser.seal(low, salient, pages, layer.page)

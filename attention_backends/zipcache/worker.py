@@ -213,8 +213,12 @@ def _check_layer(name: str, layer: Any) -> None:
     Raises:
         PluginError: There is such a term.
     """
+    from vllm.model_executor.layers.attention import Attention
+
     impl = layer.impl
     terms = {
+        # A kind of its own has a backend or blocks of its own, which packed pages would replace.
+        f"attention of its own ({type(layer).__name__})": type(layer) is not Attention,
         "a sliding window": impl.sliding_window not in (None, -1, (-1, -1)),
         "attention that is not a decoder's": impl.attn_type != "decoder",
         "ALiBi": impl.alibi_slopes is not None,

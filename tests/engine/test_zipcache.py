@@ -7,6 +7,7 @@ import pytest
 
 from tests.models import make_engine, plugin_samples, scheduler_of, tiny_llama, worker_of
 from vllm_plugins import engine_args
+from vllm_plugins.attention_backends.zipcache.metrics import BlockMeter
 from vllm_plugins.attention_backends.zipcache.page import PageFormat
 
 pytestmark = pytest.mark.engine
@@ -37,6 +38,16 @@ def greedy(llm, prompts, tokens=TOKENS, **sampling):
 def life(llm):
     [listener] = worker_of(llm).plugin_listeners
     return listener._life
+
+
+def counted(llm, name):
+    """Return a metric of this engine; others of this process have other models' names."""
+    model = str(llm.llm_engine.vllm_config.model_config.served_model_name)
+    return sum(
+        s.value
+        for s in plugin_samples()
+        if s.name == f"vllm_plugins:zipcache_{name}" and s.labels["model_name"] == model
+    )
 
 
 def step_idle(llm):
@@ -163,23 +174,53 @@ def test_aborts_leave_nothing(packed):
     assert_idle(packed)
 
 
-def test_metrics_move(packed):
-    # Engines of other tests in this process have values under their own models' names.
-    model = str(packed.llm_engine.vllm_config.model_config.served_model_name)
+def test_a_session_that_streams_its_input_goes_on(packed):
+    """Its next turn comes as a new request of a name that the worker knows already."""
+    from vllm.sampling_params import RequestOutputKind
 
-    def counted(name):
-        return sum(
-            s.value
-            for s in plugin_samples()
-            if s.name == f"vllm_plugins:zipcache_{name}" and s.labels["model_name"] == model
+    params, said = _greedy(30), []
+    params.output_kind = RequestOutputKind.DELTA
+    engine, core = packed.llm_engine, packed.llm_engine.engine_core
+
+    def add(tokens, resumable):
+        core.add_request(
+            engine.input_processor.process_inputs(
+                "session",
+                {"prompt_token_ids": [*tokens]},
+                params,
+                ("generate",),
+                resumable=resumable,
+            )
         )
 
-    sealed = counted("sealed_blocks_total")
+    add(PROMPTS[5], True)
+    for turn in range(2):
+        while len(said) < 30 * (turn + 1):
+            said += [token for x in core.get_output().outputs for token in x.new_token_ids]
+        add(PROMPTS[5][:40], turn == 0)
+    core.get_output()
+    packed.reset_prefix_cache()
+    assert said[:30] == greedy(packed, [PROMPTS[5]], 30)[0]
+    assert_idle(packed)
+
+
+def test_metrics_move(packed):
+    sealed = counted(packed, "sealed_blocks_total")
     greedy(packed, [PROMPTS[-1]])
     # 14 blocks of the prompt, and one that is filled by what follows.
-    assert counted("sealed_blocks_total") >= sealed + 15
+    assert counted(packed, "sealed_blocks_total") >= sealed + 15
     page = PageFormat.of(BLOCK, 32, "4/2", 0.6)
-    assert counted("token_bytes") == 4 * 2 * page.token_bytes
+    assert counted(packed, "token_bytes") == 4 * 2 * page.token_bytes
+
+
+def test_later_stages_of_a_pipeline_count_nothing(packed, monkeypatch):
+    """They do what the first one does, and values of an engine's processes are added up."""
+    from vllm.distributed import get_pp_group
+
+    config = packed.llm_engine.vllm_config
+    assert BlockMeter(config)._metrics is not None
+    monkeypatch.setattr(get_pp_group(), "ranks", [get_pp_group().rank - 1])
+    assert BlockMeter(config)._metrics is None
 
 
 TIGHT = {"num_gpu_blocks_override": 24, "max_num_batched_tokens": 8192, "max_model_len": 1024}
@@ -232,3 +273,24 @@ def test_with_all_layers_skipped_it_is_stock(tight, stock):
     with engine({"skip_layers": [0, 1, 2, 3]}) as llm:
         assert worker_of(llm).model_runner.kv_cache_config.num_blocks == stock["blocks"]
         assert [greedy(llm, [p])[0] for p in PROMPTS[-3:]] == stock["answers"][-3:]
+
+
+@pytest.fixture(scope="module")
+def alone(packed):
+    """Answers of one process, its prompts one after the other."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    packed.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+    with engine({}) as llm:
+        return [greedy(llm, [prompt], 20)[0] for prompt in PROMPTS[-3:]]
+
+
+@pytest.mark.slow
+def test_ranks_in_processes_of_their_own_answer_alike(alone):
+    """Each packs its own heads, and one of them counts."""
+    parallel = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with engine({}, served_model_name="ranks", **parallel) as llm:
+        assert [greedy(llm, [prompt], 20)[0] for prompt in PROMPTS[-3:]] == alone
+        # 3, 7 and 14 blocks of prompts; of the second one the last is filled while decoding.
+        assert counted(llm, "sealed_blocks_total") == 3 + 8 + 14

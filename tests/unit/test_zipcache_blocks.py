@@ -131,6 +131,32 @@ def test_a_shared_block_is_read_in_every_state():
         torch.testing.assert_close(reader.output.double(), wanted, rtol=0, atol=4e-6)
 
 
+@pytest.mark.parametrize("chooses", [False, True])
+@pytest.mark.parametrize("wait", [0, 2])
+@pytest.mark.parametrize("end", [N + 9, 2 * N - 1, 2 * N, 2 * N + 1])
+def test_a_sessions_next_turn_goes_on_where_the_last_one_ended(end, wait, chooses):
+    """Asynchronous scheduling has computed one token more, which may have filled a block."""
+    steps = Steps(KERNELS, salient=N, chooses=chooses, scaled=False)
+    session, other = steps.lossless("a", N + 8, 5 * N), steps.lossless("b", 3, 2 * N)
+    steps.step((session, N + 8), (other, 3))
+    while session.computed < end:
+        steps.step((session, 1), (other, 1))
+    kept = [x[end].clone() for x in (session.key, session.value)]
+    session.key[end], session.value[end] = session.key[0], session.value[0]
+    steps.step((session, 1))
+    for _ in range(wait):
+        steps.step((other, 1))
+    session.key[end], session.value[end] = kept
+    session.next_turn(end, end + N + 3)
+    for count in (5, N - 2, 1, 1):
+        steps.step((session, count), (other, 1))
+    for x in (session, other):
+        wanted = exact(x.query, x.key, x.value, steps.scale)[: x.computed]
+        torch.testing.assert_close(x.output.double(), wanted, rtol=0, atol=4e-6)
+    steps.step(finished=[session, other])
+    assert_idle(steps)
+
+
 def test_readers_of_a_block_do_not_change_its_scores():
     found = []
     for shared in (False, True):

@@ -210,6 +210,26 @@ def test_every_sealed_block_has_its_quota(kernels):
     assert not torch.equal(salient[:, 0], salient[:, 1])
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_stays_within_its_request(kernels, bad):
+    """Its blocks have their quota all the same, and a neighbour's outputs and pages are its own."""
+    found = []
+    for broken in (False, True):
+        steps = Steps(kernels, seed=5)
+        good, other = steps.request("a", 3 * N + 5, 5 * N), steps.request("b", 2 * N + 3, 5 * N)
+        if broken:
+            for x in (other.key, other.value, other.query):
+                x[N - 3 :: 2] = bad
+        steps.step((good, 3 * N + 5), (other, 2 * N + 3))
+        for _ in range(N + 3):
+            steps.step((good, 1), (other, 1))
+        found.append((good.output, steps.memory.cache[good.blocks[:4]]))
+        pages = steps.memory.cache[other.blocks[:3]]
+        _, salient = quantiser.read_page(pages, steps.memory.page)
+        assert (salient.sum(-1) == steps.memory.page.salient).all()
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
 def test_the_first_tokens_are_salient_at_any_rate(kernels):
     steps = Steps(kernels, salient=5, always_salient_first=4)
     request = steps.request("a", 2 * N, 3 * N)

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from tests.models import tiny_llama
 from vllm_plugins.attention_backends.zipcache.plugin import ZipCacheOptions, ZipCachePlugin
+from vllm_plugins.attention_backends.zipcache.worker import _check_layer
 from vllm_plugins.errors import PluginError
 
 
@@ -56,6 +57,13 @@ def test_blocks_of_other_sizes_are_refused(config, size):
             "--kv-cache-dtype: the cache is quantised by the plug-in; use 'auto'",
         ),
         (
+            # Of a model in float32.
+            "cache_config",
+            "cache_dtype",
+            "bfloat16",
+            "--kv-cache-dtype: the cache is quantised by the plug-in; use 'auto'",
+        ),
+        (
             "cache_config",
             "prefix_match_unit",
             16,
@@ -77,6 +85,12 @@ def test_blocks_of_other_sizes_are_refused(config, size):
         ),
         (
             "parallel_config",
+            "enable_elastic_ep",
+            True,
+            "--enable-elastic-ep: ranks that come warm up on blocks of others; drop it",
+        ),
+        (
+            "parallel_config",
             "decode_context_parallel_size",
             2,
             "context parallelism: a block's tokens would lie on several ranks; use tensor "
@@ -95,8 +109,8 @@ def test_settings_that_it_cannot_serve_are_refused(config, part, name, value, me
         (
             "use_mla",
             True,
-            "its latent attention (MLA) keeps no keys and values of heads; use a model with "
-            "grouped-query attention",
+            "its latent attention (MLA) keeps no keys and values of heads; drop the plug-in for "
+            "this model",
         ),
         (
             "is_hybrid",
@@ -109,11 +123,47 @@ def test_settings_that_it_cannot_serve_are_refused(config, part, name, value, me
             lambda self: 72,
             "its heads have 72 channels, no multiple of 16; drop the plug-in for this model",
         ),
+        (
+            "get_head_size",
+            lambda self: 528,
+            "its heads have 528 channels, the kernels know 512; drop the plug-in for this model",
+        ),
+        (
+            "is_mm_prefix_lm",
+            property(lambda self: True),
+            "tokens of its images attend to later ones; drop the plug-in for this model",
+        ),
     ],
 )
 def test_models_that_it_cannot_serve_are_refused(config, monkeypatch, name, value, message):
     monkeypatch.setattr(type(config.model_config), name, value)
     assert check(config) == f"--plugin zipcache with this model: {message}"
+
+
+def test_batch_invariance_is_refused(config, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert check(config) == (
+        "--plugin zipcache with VLLM_BATCH_INVARIANT=1: it chooses attention kernels of its own; "
+        "unset it"
+    )
+
+
+@pytest.mark.parametrize("kind", ["ChunkedLocalAttention", "PrefillPrefixLMAttention", "Attention"])
+def test_layers_with_attention_of_their_own_are_refused(config, kind):
+    """Their backends are made around the platform's, and would be lost."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers import attention
+    from vllm.model_executor.layers.attention import prefill_prefix_lm_attention
+
+    extra = {"attention_chunk_size": 64} if kind == "ChunkedLocalAttention" else {}
+    made = getattr(attention, kind, None) or getattr(prefill_prefix_lm_attention, kind)
+    with set_current_vllm_config(copy.deepcopy(config)):
+        layer = made(4, 32, 1.0, cache_config=config.cache_config, prefix="layers.0.attn", **extra)
+    if kind == "Attention":
+        _check_layer("layers.0.attn", layer)
+        return
+    with pytest.raises(PluginError, match=rf"layers.0.attn has attention of its own \({kind}\)"):
+        _check_layer("layers.0.attn", layer)
 
 
 def test_layers_that_do_not_exist_are_refused(config):

@@ -30,10 +30,17 @@ class Request:
     known: bool = False
     # Blocks of another request, by a hit of the prefix cache.
     shared: list = field(default_factory=list)
+    # It stays between turns, as a session whose input is streamed.
+    session: bool = False
 
     @property
     def output(self):
         return torch.cat(self.outputs)
+
+    def next_turn(self, computed, prompt):
+        """Go on with a longer prompt; what was computed beyond a position is taken back."""
+        self.outputs = [self.output[:computed]]
+        self.computed, self.prompt, self.session, self.known = computed, prompt, True, False
 
 
 class Steps:
@@ -94,7 +101,11 @@ class Steps:
             self.give_back(name)
         for x in finished:
             self.give_back(x)
-        resumed = {x.name for x, _ in work if not x.known and x.name in self.life._prompts}
+        resumed = {
+            x.name
+            for x, _ in work
+            if not x.known and not x.session and x.name in self.life._prompts
+        }
         for x, count in work:
             wanted = -(-(x.computed + count) // self.block)
             fresh = [self.free.pop() for _ in range(wanted - len(x.blocks))]

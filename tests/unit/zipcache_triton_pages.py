@@ -158,6 +158,8 @@ def test_sealed_pages_are_equal_byte_by_byte(dtype, size, head, salient):
         memory.staging.copy_(torch.randint(0, 256, memory.staging.shape, generator=generator))
         for sums in (memory.residual_sums, memory.staging_sums):
             sums.copy_((torch.rand(sums.shape, generator=generator) * 8).round() / 8)
+            # A request whose hidden states are no numbers must not write over others' pages.
+            sums[2, 0], sums[0, 1, ::3] = torch.nan, torch.nan
         weight = torch.rand(3, size, generator=generator)
         ints = [[5, 3, 9], [RAW - 1, 2, RAW], [0, 4, size]]
         path(memory, Seals(*(torch.tensor(x, dtype=torch.int32) for x in ints), weight))

@@ -92,9 +92,15 @@ CPU_BACKEND = (
         "Queries of a decode step.", CPU),
     has("vllm.config:SchedulerConfig", "max_num_seqs", "Rows of what is kept of requests."),
     has("vllm.envs", "VLLM_BATCH_INVARIANT", "What is refused.", "attention_backends/hip/plugin.py",
-        kind="object"),
-    has("vllm.distributed.parallel_state:GroupCoordinator", "is_first_rank",
+        "attention_backends/zipcache/plugin.py", kind="object"),
+    has("vllm.distributed.parallel_state:GroupCoordinator", "is_first_rank is_last_rank",
         "One rank counts.", "attention_backends/hip/meter.py"),
+    method("vllm.distributed:get_pp_group", "", "One stage of a pipeline counts.",
+           "attention_backends/hip/meter.py"),
+    is_class("vllm.v1.kv_cache_interface:FullAttentionSpec",
+             "Layers that attend to less, or to keys of their own, stay dense.", WORKER),
+    method("vllm.model_executor.layers.attention:Attention.get_kv_cache_spec", "vllm_config",
+           "Tells which kind of layer it is.", WORKER),
 )  # fmt: skip
 
 CUDA = "attention_backends/hip/cuda_backend.py"
@@ -151,8 +157,12 @@ PAGES = (
     method(f"{_BACKEND}:AttentionBackend.customize_spec", "spec",
            "A packed page is asked for by its bytes.",
            "attention_backends/zipcache/cpu_backend.py"),
-    has("vllm.config:ModelConfig", "is_hybrid", "What is refused."),
+    has("vllm.config:ModelConfig", "is_hybrid is_mm_prefix_lm", "What is refused."),
     has("vllm.config:CacheConfig", "prefix_match_unit", "What is refused."),
+    has("vllm.config:ParallelConfig", "enable_elastic_ep", "What is refused."),
+    is_class("vllm.model_executor.layers.attention:Attention",
+             "Layers of a kind of their own are refused.", "attention_backends/zipcache/worker.py"),
+    method("vllm.distributed:get_pp_group", "", "One rank counts."),
     has(f"{_OUTPUT}:SchedulerOutput",
         "finished_req_ids preempted_req_ids num_scheduled_tokens scheduled_new_reqs "
         "scheduled_cached_reqs", "The life of blocks follows the scheduler.", BLOCKS),

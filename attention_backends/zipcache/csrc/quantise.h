@@ -161,13 +161,15 @@ inline void seal_staged(const Format& f, const uint8_t* staging, const int* chos
   write_bitmap(f, chosen, page);
 }
 
-// The most salient tokens, ascending; of equal scores the earlier token wins.
+// The most salient tokens, ascending; of equal scores the earlier token wins. What is no number is
+// below all scores: without an order there would be no quota.
 inline void choose(const Format& f, const float* sums, const float* weight, int forced,
                    int* chosen) {
   float score[kMaxBlock];
   int order[kMaxBlock];
   for (int t = 0; t < f.block; ++t) {
-    score[t] = t < forced ? INFINITY : sums[t] * weight[t];
+    const float own = sums[t] * weight[t];
+    score[t] = t < forced ? INFINITY : own >= 0.0f ? own : -1.0f;
     order[t] = t;
   }
   if (f.salient < f.block)

@@ -18,6 +18,14 @@ CHUNK = tl.constexpr(32)
 
 
 @triton.jit
+def _scores(sums: tl.tensor, weight: tl.tensor, t: tl.tensor, forced: tl.tensor) -> tl.tensor:
+    """Return some tokens' scores."""
+    # What is no number is below all others, or a quota would be exceeded and pages written over.
+    score = tl.load(sums + t) * tl.load(weight + t)
+    return tl.where(t < forced, float("inf"), tl.where(score >= 0.0, score, -1.0))
+
+
+@triton.jit
 def _choose(
     sums: tl.tensor, weight: tl.tensor, forced: tl.tensor, bits: tl.tensor,
     block_size: tl.constexpr, salient: tl.constexpr,
@@ -25,13 +33,11 @@ def _choose(
     """Write which tokens have the highest scores; of equal ones the earlier wins."""
     for begin in tl.static_range(0, block_size, CHUNK):
         t = begin + tl.arange(0, CHUNK)
-        score = tl.load(sums + t) * tl.load(weight + t)
-        score = tl.where(t < forced, float("inf"), score)[:, None]
+        score = _scores(sums, weight, t, forced)[:, None]
         before = tl.zeros([CHUNK], tl.int32)
         for other in range(0, block_size, CHUNK):
             u = other + tl.arange(0, CHUNK)
-            rival = tl.load(sums + u) * tl.load(weight + u)
-            rival = tl.where(u < forced, float("inf"), rival)[None, :]
+            rival = _scores(sums, weight, u, forced)[None, :]
             wins = (rival > score) | ((rival == score) & (u[None, :] < t[:, None]))
             before += tl.sum(wins.to(tl.int32), axis=1)
         chosen = tl.reshape((before < salient).to(tl.int32), [CHUNK // 8, 8])
