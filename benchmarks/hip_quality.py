@@ -1,7 +1,7 @@
 """What HiP's selection costs in quality while decoding, against how much it keeps.
 
     python benchmarks/hip_quality.py perplexity MODEL [--context 6000] [--out FILE.json]
-    python benchmarks/hip_quality.py needle MODEL [--lengths 2048,4096,8192] [--out FILE.json]
+    python benchmarks/hip_quality.py needle MODEL [--lengths 2048,4096,8192] [--refresh]
 
 Prompts are computed densely, once, and found in the prefix cache by every setting after the first.
 What follows is decoded sparsely: for perplexity the text's own continuation, forced token by token;
@@ -28,6 +28,7 @@ from kvshare_perplexity import forced_processor
 MODULES = ("argparse", "inspect")
 FOLLOWING = 128
 DENSE, DEFAULTS = "dense", "defaults"
+REFRESHES = ([1, 1, 1], [16, 8, 1], [16, 8, 4], [32, 16, 8])
 BASE = {"dense_threshold": 0, "sink_tokens": 64, "window_tokens": 256}
 
 
@@ -131,21 +132,31 @@ def following(llm: Any, passages: list[list[int]], context: int) -> float:
     return math.exp(-total / (len(passages) * FOLLOWING))
 
 
-def needle(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure right answers over the settings, in percent."""
-    from retriever_data import PASSKEY, RECALL
+def refresh_settings(top_k: int) -> list[Setting]:
+    """Return the default preset with other ``refresh``, then one that keeps little."""
+    found = [Setting(DENSE, {**BASE, "dense_threshold": 2**30})]
+    for label, base in ((DEFAULTS, {"dense_threshold": 0}), (f"top_k={top_k}", BASE)):
+        own = {} if label == DEFAULTS else {"top_k": top_k}
+        for refresh in REFRESHES:
+            options = {**base, **own, "refresh": refresh}
+            found.append(Setting(f"{label}, refresh={refresh}", options))
+    return found
 
-    result: dict[str, Any] = {"prompts": args.prompts, "settings": {}}
+
+def needle(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure right answers over the settings, in percent, with 95 % intervals."""
+    result: dict[str, Any] = {"prompts": args.prompts, "questions": args.questions, "settings": {}}
     arguments = {
         "max_model_len": max(args.lengths) + 64,
         "logits_processors": [forced_processor()],
     }
+    chosen = refresh_settings(args.top_k[0]) if args.refresh else settings(args.top_k)
     with engine(args.model, "hip:dense_threshold=0,dense_layers=[0]", **arguments) as llm:
-        for setting in settings(args.top_k):
+        for setting in chosen:
             use(llm, {**setting.options, "dense_layers": [0]})
             right = {
-                f"{task} {length}": 100 * right_answers(llm, task, length, args.prompts)
-                for task in (PASSKEY, RECALL)
+                f"{task} {length}": answers(llm, prompts_of(task, length, args))
+                for task in args.tasks
                 for length in args.lengths
             }
             result["settings"][setting.label] = {"options": setting.options, "right": right}
@@ -153,29 +164,52 @@ def needle(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def right_answers(llm: Any, task: str, length: int, count: int) -> float:
-    """Return the share of prompts whose whole answer is right.
+def prompts_of(task: str, length: int, args: argparse.Namespace) -> list[Any]:
+    """Return prompts of about ``length`` tokens, with their answers at all depths.
+
+    Lengths differ by up to 15 tokens: refreshes are due at multiples of up to 16, and questions
+    shall come at any distance from one.
+    """
+    from retriever_data import PASSKEY, make_prompt
+
+    count, questions = args.prompts, 1 if task == PASSKEY else args.questions
+    return [
+        make_prompt(task, length - i % 16, (i + 0.5) / count, seed=i, questions=questions)
+        for i in range(count)
+    ]
+
+
+def answers(llm: Any, prompts: Sequence[Any]) -> dict[str, Any]:
+    """Count the questions whose whole answer is right.
 
     The question is decoded too: it is forced, so that finding the answer is left to sparse steps.
     """
-    from retriever_data import make_prompt
     from vllm import SamplingParams
 
-    prompts = [make_prompt(task, length, (i + 0.5) / count, seed=i) for i in range(count)]
+    asked = [(p, i) for p in prompts for i in range(len(p.asked))]
     params = [
         SamplingParams(
-            temperature=0, max_tokens=len(p.question()) + len(p.answer()), ignore_eos=True,
-            extra_args={"forced": p.question()},
+            temperature=0, max_tokens=len(p.question(i)) + len(p.answer(i)), ignore_eos=True,
+            extra_args={"forced": p.question(i)},
         )
-        for p in prompts
+        for p, i in asked
     ]  # fmt: skip
-    inputs = [{"prompt_token_ids": list(p.context)} for p in prompts]
+    inputs = [{"prompt_token_ids": list(p.context)} for p, _ in asked]
     outs = llm.generate(inputs, params, use_tqdm=False)
-    answers = [
-        list(o.outputs[0].token_ids)[len(p.question()) :]
-        for o, p in zip(outs, prompts, strict=True)
-    ]
-    return sum(a == p.answer() for a, p in zip(answers, prompts, strict=True)) / count
+    right = sum(
+        list(o.outputs[0].token_ids)[len(p.question(i)) :] == p.answer(i)
+        for o, (p, i) in zip(outs, asked, strict=True)
+    )
+    return {"right": right, "asked": len(asked), "percent": interval(right, len(asked))}
+
+
+def interval(right: int, asked: int) -> list[float]:
+    """Return the share in percent, and the ends of its 95 % interval (Wilson's)."""
+    share, z = right / asked, 1.96
+    middle = (share + z * z / (2 * asked)) / (1 + z * z / asked)
+    half = z * math.sqrt(share * (1 - share) / asked + (z / (2 * asked)) ** 2)
+    half /= 1 + z * z / asked
+    return [round(100 * x, 2) for x in (share, middle - half, middle + half)]
 
 
 def main() -> int:
@@ -187,7 +221,12 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=6000)
     parser.add_argument("--lengths", **numbers, default=[2048, 4096, 8192])
     parser.add_argument("--top-k", **numbers, default=[0, 64, 128, 256, 512, 1024, 2048])
+    parser.add_argument("--tasks", nargs="+", default=["passkey", "recall"])
     parser.add_argument("--prompts", type=int, default=50)
+    parser.add_argument("--questions", type=int, default=8, help="of each prompt in recall")
+    parser.add_argument(
+        "--refresh", action="store_true", help="curves over refresh, not over top_k"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     write(args.out, {"perplexity": perplexity, "needle": needle}[args.what](args))

@@ -60,13 +60,14 @@ class BatchPlanner:
     def _decodes(self, rows: Rows, chosen: torch.Tensor) -> QueryBlocks:
         index = chosen.nonzero().flatten()
         start, length, position = rows.start[index], rows.length[index], rows.position[index]
-        last, size = position - 1, rows.block_size
+        last, size = (position - 1).clamp(min=0), rows.block_size
         before = rows.block_table[index, last // size].long() * size + last % size
+        before = torch.where(position > 0, before, UNKNOWN)
         offset = torch.arange(self._decode_queries)
         token = (start[:, None] + offset).clamp(max=len(rows.slots) - 1)
         slots = torch.where(offset < length[:, None], rows.slots[token], UNKNOWN)
         sparse = self._is_sparse("decode", position + length)
-        kept_row, level = self._cache.step(before, slots, position, sparse)
+        kept_row, level = self._cache.step(before, slots, position, sparse, rows.slots)
         level = torch.where(sparse, level, DENSE).to(torch.int32)
         return QueryBlocks(start, length, index.to(torch.int32), position, level, kept_row)
 

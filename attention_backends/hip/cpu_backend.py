@@ -24,7 +24,7 @@ from vllm_plugins.attention_backends.hip.meter import BatchMeter
 from vllm_plugins.attention_backends.hip.plan import LayerPlan
 from vllm_plugins.attention_backends.hip.query_blocks import QueryBlocks, concatenate
 from vllm_plugins.attention_backends.hip.selection import NONE
-from vllm_plugins.attention_backends.hip.worker import SparseLayer, hip_options
+from vllm_plugins.attention_backends.hip.worker import SparseLayer, hip_options, sparse_layers
 
 
 class HipCpuBackend(CPUAttentionBackend):
@@ -48,7 +48,7 @@ class HipCpuBackend(CPUAttentionBackend):
 
 @dataclass
 class HipCpuMetadata(CPUAttentionMetadata):
-    """A batch, and its query blocks for the sparse layers."""
+    """A batch, and its query blocks, where a layer of the group is sparse."""
 
     query_blocks: QueryBlocks | None = None
 
@@ -58,15 +58,17 @@ class HipCpuMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        drafts = vllm_config.speculative_config
-        options = hip_options(vllm_config)
-        self._num_stages = len(options.stages)
-        self._meter = BatchMeter(vllm_config)
-        self._planner = BatchPlanner(
-            options,
-            vllm_config.scheduler_config.max_num_seqs,
-            1 + (drafts.num_speculative_tokens if drafts is not None else 0),
-        )
+        self._planner = None
+        if set(layer_names) & set(sparse_layers(vllm_config)):
+            drafts = vllm_config.speculative_config
+            options = hip_options(vllm_config)
+            self._num_stages = len(options.stages)
+            self._meter = BatchMeter(vllm_config, layer_names)
+            self._planner = BatchPlanner(
+                options,
+                vllm_config.scheduler_config.max_num_seqs,
+                1 + (drafts.num_speculative_tokens if drafts is not None else 0),
+            )
 
     def build(
         self,
@@ -76,9 +78,11 @@ class HipCpuMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> HipCpuMetadata:
         """Describe a batch as the stock builder does, and cut it into query blocks."""
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        values = {f.name: getattr(stock, f.name) for f in fields(stock)}
+        if self._planner is None:
+            return HipCpuMetadata(**values)
         decodes, prompts = self._planner.plan(_rows(common_attn_metadata, self.block_size))
         self._meter.count(decodes, prompts, self._num_stages)
-        values = {f.name: getattr(stock, f.name) for f in fields(stock)}
         return HipCpuMetadata(**values, query_blocks=concatenate([decodes, prompts]))
 
 

@@ -33,7 +33,7 @@ from vllm_plugins.attention_backends.hip.selection import NONE
 from vllm_plugins.attention_backends.hip.triton_kernels import ops
 from vllm_plugins.attention_backends.hip.triton_kernels.blocks import Batch
 from vllm_plugins.attention_backends.hip.triton_kernels.decode import num_splits
-from vllm_plugins.attention_backends.hip.worker import SparseLayer
+from vllm_plugins.attention_backends.hip.worker import SparseLayer, sparse_layers
 
 
 class HipCudaBackend(CausalCudaBackend):
@@ -67,11 +67,11 @@ class HipCudaMetadataBuilder(FlashAttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        layers = vllm_config.compilation_config.static_forward_context
-        plans = (getattr(layers[name].impl, "plan", None) for name in layer_names)
         self._planner = None
-        if any(plan is not None for plan in plans):
-            self._planner = DevicePlanner(vllm_config, self.block_size, torch.device(device))
+        if set(layer_names) & set(sparse_layers(vllm_config)):
+            self._planner = DevicePlanner(
+                vllm_config, layer_names, self.block_size, torch.device(device)
+            )
             # Selections of drafting steps would not follow.
             self.supports_draft_decode_metadata_update = False
 

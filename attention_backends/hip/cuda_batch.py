@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,7 @@ class DevicePlanner:
 
     Args:
         config: The engine's configuration.
+        layers: Names of the layers that it is for.
         block_size: Tokens of a cache block.
         device: Of the kernels.
 
@@ -82,12 +84,13 @@ class DevicePlanner:
         is_counting: Whether batches are requests' own, and not those that graphs are captured of.
     """
 
-    def __init__(self, config: VllmConfig, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, config: VllmConfig, layers: Sequence[str], block_size: int, device: torch.device
+    ) -> None:
         self._options: HipOptions = hip_options(config)
         self._block_size, self._device = block_size, device
         self._queries = decode_queries(config)
-        graphs = rows_of_graphs(config)
-        rows = max(config.scheduler_config.max_num_seqs, graphs)
+        rows, graphs = config.scheduler_config.max_num_seqs, rows_of_graphs(config)
         self._cache = MaskCache(rows, self._queries, self._options.refresh, device)
         # What a graph has read once it reads always: of each row its query block, and the length
         # of which the stock kernel is told.
@@ -97,7 +100,7 @@ class DevicePlanner:
         self._lengths = torch.zeros(graphs, dtype=torch.int32, device=device)
         self.is_counting = True
         self._prompts = BatchPlanner(self._options, 1, 1)
-        self._meter = _LateMeter(config, len(self._options.stages))
+        self._meter = _LateMeter(config, layers, len(self._options.stages))
 
     def plan(
         self, batch: CommonAttentionMetadata, stock: FlashAttentionMetadata
@@ -158,7 +161,7 @@ class DevicePlanner:
 
     def _decodes(self, batch: CommonAttentionMetadata, chosen: torch.Tensor) -> torch.Tensor | None:
         """Return the query blocks of decodes; only which rows are chosen comes from the host."""
-        # Without any, the step still counts: nothing is kept of requests that are not in a batch.
+        # Without any, the step still counts: its prompts may write where a request was that ended.
         row = _to_device(chosen.nonzero().flatten(), self._device)
         blocks = self._query_blocks(batch, row, torch.ones_like(row).bool())
         return blocks if len(row) else None
@@ -171,14 +174,14 @@ class DevicePlanner:
         start = batch.query_start_loc[row].to(torch.int32)
         length = batch.query_start_loc[row + 1].to(torch.int32) - start
         position = batch.seq_lens[row].to(torch.int32) - length
-        last = position - 1
+        last = (position - 1).clamp(min=0)
         before = batch.block_table_tensor[row, last // size].long() * size + last % size
-        # Of padding there is no token before.
-        before = torch.where(length > 0, before, UNKNOWN)
+        # Of padding there is no token before, nor of a sequence's first.
+        before = torch.where((length > 0) & (position > 0), before, UNKNOWN)
         offset = torch.arange(self._queries, device=self._device)
         token = (start[:, None] + offset).clamp(max=len(batch.slot_mapping) - 1)
         slots = torch.where(offset < length[:, None], batch.slot_mapping[token], UNKNOWN)
-        kept_row, level = self._cache.step(before, slots, position, sparse)
+        kept_row, level = self._cache.step(before, slots, position, sparse, batch.slot_mapping)
         length = torch.where(sparse, length, 0)
         return pack(QueryBlocks(start, length, row.to(torch.int32), position, level, kept_row))
 
@@ -215,13 +218,17 @@ def _host_rows(batch: CommonAttentionMetadata) -> Rows:
     n = batch.num_reqs
     start = batch.query_start_loc_cpu[: n + 1].to(torch.int32)
     length = start.diff()
-    prefilling = batch.is_prefilling
+    prefilling = length > 1
+    if batch.is_prefilling is not None:
+        # The second model runner says nothing of the rows that pad a graph's batch.
+        prefilling = torch.zeros_like(prefilling)
+        prefilling[: len(batch.is_prefilling)] = batch.is_prefilling[:n]
     assert batch.seq_lens_cpu_upper_bound is not None
     return Rows(
         start=start[:-1],
         length=length,
         position=batch.seq_lens_cpu_upper_bound[:n].to(torch.int32) - length,
-        prefilling=length > 1 if prefilling is None else prefilling[:n],
+        prefilling=prefilling,
         # Both are on the device.
         block_table=torch.empty((n, 1), dtype=torch.int32),
         slots=torch.empty(1, dtype=torch.int64),
@@ -258,11 +265,12 @@ class _LateMeter:
 
     Args:
         config: The engine's configuration.
+        layers: Names of the layers whose batches these are.
         num_stages: The level at which no stage runs.
     """
 
-    def __init__(self, config: VllmConfig, num_stages: int) -> None:
-        self._meter, self._num_stages = BatchMeter(config), num_stages
+    def __init__(self, config: VllmConfig, layers: Sequence[str], num_stages: int) -> None:
+        self._meter, self._num_stages = BatchMeter(config, layers), num_stages
         self._waiting: deque[tuple[HostCopy | None, QueryBlocks, QueryBlocks]] = deque()
 
     def count(self, decodes: torch.Tensor | None, dense: QueryBlocks, prompts: QueryBlocks) -> None:

@@ -6,8 +6,10 @@ code counts steps of the whole batch. Here a stage is due by the position of the
 query, so that no request sees what another has done.
 
 Requests are told apart by slots: the token before a request's first query was written by the same
-request in the step before, to a slot in a block that no other request may write. This needs
-nothing that only one of the model runners has.
+request when it was in a batch before, to a slot in a block that no other request may write. This
+needs nothing that only one of the model runners has. A request may miss batches, as all do where
+pipeline stages take turns: what was kept of it stays, until somebody else writes to its slots or
+needs the row.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from collections.abc import Sequence
 import torch
 
 UNKNOWN = -1
+# When a row was last used that is in use now: after all others.
+NOW = torch.iinfo(torch.int64).max
 
 
 class MaskCache:
@@ -25,7 +29,7 @@ class MaskCache:
     All work is a handful of tensor operations of fixed shape, without waiting for the device.
 
     Args:
-        rows: Most requests of a batch.
+        rows: Most requests that decode at a time.
         queries: Most tokens of a request in a decode step: one, and the drafts to verify.
         refresh: Tokens after which each stage is due again, one for each stage.
         device: Where batches are described.
@@ -35,9 +39,16 @@ class MaskCache:
         self, rows: int, queries: int, refresh: Sequence[int], device: torch.device
     ) -> None:
         self._refresh = torch.tensor(refresh, dtype=torch.int32, device=device)
-        # Where the tokens of the last step went, and where each stage last ran.
-        self._slots = torch.full((rows, queries), UNKNOWN, dtype=torch.int64, device=device)
-        self._ran_at = torch.full((rows, len(refresh)), UNKNOWN, dtype=torch.int32, device=device)
+        # The last row is nobody's: those who keep nothing write there.
+        self._nobody = rows
+        shape = (rows + 1, queries)
+        # Where a row's tokens went when it was last used, when that was, and where each stage ran.
+        self._slots = torch.full(shape, UNKNOWN, dtype=torch.int64, device=device)
+        self._used_at = torch.zeros(rows + 1, dtype=torch.int64, device=device)
+        self._ran_at = torch.full(
+            (rows + 1, len(refresh)), UNKNOWN, dtype=torch.int32, device=device
+        )
+        self._steps = 0
 
     def step(
         self,
@@ -45,10 +56,9 @@ class MaskCache:
         slots: torch.Tensor,
         position: torch.Tensor,
         sparse: torch.Tensor,
+        written: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the rows of a batch's decodes, and the stages that are due.
-
-        Requests that are not in the batch lose what was kept of them.
 
         Args:
             before: Slot of the token before each request's first query, int64, shape (n,);
@@ -56,32 +66,53 @@ class MaskCache:
             slots: Slots of each request's queries, padded with `UNKNOWN`, int64, shape (n,
                 queries).
             position: Position of each request's first query, int32, shape (n,).
-            sparse: Whether the request attends sparsely now, bool, shape (n,). What was kept of
-                others is not kept up.
+            sparse: Whether the request attends sparsely now, bool, shape (n,); at most as many as
+                there are rows do. Nothing is kept of others.
+            written: Slots that the batch writes, of all its requests, int64, shape (tokens,);
+                padding is `UNKNOWN`.
 
         Returns:
-            The rows, int32, all different, and the first stage to run, int32, shape (n,); the
-            number of stages where none is due.
+            The rows of those that are sparse, int32, all different, shape (n,), and the first
+            stage to run, int32, shape (n,); the number of stages where none is due.
         """
-        rows, known = self._assign(before)
+        self._steps += 1
+        rows, known = self._assign(torch.where(sparse, before, UNKNOWN), sparse, written)
         ran_at = torch.where(known[:, None], self._ran_at[rows], UNKNOWN)
         now = position[:, None]
         due = (ran_at < 0) | (now // self._refresh != ran_at // self._refresh)
         # A stage starts from what the one before it keeps, so it runs whenever that one does.
         due = due.to(torch.int8).cummax(dim=1).values.bool()
-        self._slots.fill_(UNKNOWN)
         self._slots[rows] = slots
-        ran_at = torch.where(due, now, ran_at).masked_fill(~sparse[:, None], UNKNOWN)
-        self._ran_at.fill_(UNKNOWN)
-        self._ran_at[rows] = ran_at.to(torch.int32)
-        return rows.to(torch.int32), (~due).sum(dim=1).to(torch.int32)
+        self._ran_at[rows] = torch.where(due, now, ran_at).to(torch.int32)
+        # Not by assignment, which would copy the number to the device.
+        self._used_at.index_fill_(0, rows, self._steps)
+        rows = torch.where(sparse, rows, 0).to(torch.int32)
+        return rows, (~due).sum(dim=1).to(torch.int32)
 
-    def _assign(self, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return each request's row, one that nobody has for a newcomer, and who is none."""
-        match = (before[:, None, None] == self._slots) & (before >= 0)[:, None, None]
+    def _assign(
+        self, before: torch.Tensor, sparse: torch.Tensor, written: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return each request's row, and whether it is the one that it had."""
+        match = (before[:, None, None] == self._slots[:-1]) & (before >= 0)[:, None, None]
         match = match.any(dim=2)
+        # A full block may belong to several requests: a row goes to the first that asks for it.
+        match &= match.cumsum(dim=0) == 1
         known, row = match.any(dim=1), match.to(torch.int8).argmax(dim=1)
-        # Rows that nobody has come first; the i-th newcomer takes the i-th of them.
-        free = match.any(dim=0).to(torch.int8).argsort(stable=True)
-        newcomer = (~known).cumsum(dim=0) - 1
-        return torch.where(known, row, free[newcomer.clamp(min=0)]), known
+        claimed = match.any(dim=0)
+        gone = self._overwritten(written) & ~claimed
+        self._slots[:-1].masked_fill_(gone[:, None], UNKNOWN)
+        self._used_at[:-1].masked_fill_(gone, 0)
+        # Newcomers take the rows that were not used for longest, those that nobody has first.
+        free = self._used_at[:-1].masked_fill(claimed, NOW).argsort(stable=True)
+        newcomer = (sparse & ~known).cumsum(dim=0) - 1
+        row = torch.where(known, row, free[newcomer.clamp(0, self._nobody - 1)])
+        return torch.where(sparse, row, self._nobody), known
+
+    def _overwritten(self, written: torch.Tensor) -> torch.Tensor:
+        """Return which rows have a slot that is written now, bool, shape (rows,)."""
+        slots = self._slots[:-1]
+        if not len(written):
+            return torch.zeros_like(slots[:, 0], dtype=torch.bool)
+        ordered = written.to(torch.int64).sort().values
+        at = torch.searchsorted(ordered, slots).clamp(max=len(ordered) - 1)
+        return ((ordered[at] == slots) & (slots >= 0)).any(dim=1)

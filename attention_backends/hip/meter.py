@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm_plugins.attention_backends.hip import metrics
 from vllm_plugins.attention_backends.hip.query_blocks import DENSE, QueryBlocks
+from vllm_plugins.attention_backends.hip.worker import sparse_layers
 from vllm_plugins.metrics import ACTIVE, Metrics, engine_labels
 
 if TYPE_CHECKING:
@@ -13,17 +15,22 @@ if TYPE_CHECKING:
 
 
 class BatchMeter:
-    """Counts what batches do, once in an engine: its ranks all do the same.
+    """Counts what batches do, once in an engine: its ranks and groups of layers all do the same.
+
+    The last of pipeline stages counts, since the first layers are the ones that are dense by
+    default. A stage without sparse layers has nothing to count.
 
     Args:
         config: The engine's configuration.
+        layers: Names of the layers whose batches these are.
     """
 
-    def __init__(self, config: VllmConfig) -> None:
-        from vllm.distributed import get_tp_group
+    def __init__(self, config: VllmConfig, layers: Sequence[str]) -> None:
+        from vllm.distributed import get_pp_group, get_tp_group
 
         self._metrics: Metrics | None = None
-        if get_tp_group().is_first_rank:
+        is_counting_rank = get_tp_group().is_first_rank and get_pp_group().is_last_rank
+        if is_counting_rank and sparse_layers(config)[0] in layers:
             self._metrics = Metrics([ACTIVE, *metrics.ALL], engine_labels(config))
             self._metrics.set(ACTIVE.name, 1, "hip")
             for spec in (metrics.DECODES, metrics.PREFILLS):

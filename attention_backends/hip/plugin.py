@@ -229,8 +229,12 @@ def _unsupported(options: HipOptions, config: VllmConfig) -> list[tuple[str, str
             ),
         ),
         (
-            cache.cache_dtype not in ("auto", "float16", "bfloat16"),
-            ("--kv-cache-dtype", "a quantised KV cache is not read by its kernels", "use 'auto'"),
+            cache.cache_dtype not in ("auto", str(config.model_config.dtype).rpartition(".")[2]),
+            (
+                f"--kv-cache-dtype {cache.cache_dtype}",
+                "its kernels read keys and values in the model's own type alone",
+                "use 'auto'",
+            ),
         ),
         (
             config.kv_transfer_config is not None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_plugins.engine.attention_host import attention_layers
 from vllm_plugins.engine.worker_host import WorkerListener
@@ -24,7 +25,13 @@ logger = init_logger("vllm.vllm_plugins.hip")
 
 
 class SparseLayer(ABC):
-    """What the implementations of attention layers have in common on all platforms."""
+    """What the implementations of attention layers have in common on all platforms.
+
+    Attributes:
+        plan: What the layer prunes, None where it is dense.
+    """
+
+    plan: LayerPlan | None
 
     @abstractmethod
     def make_sparse(self, plan: LayerPlan, max_num_seqs: int) -> None:
@@ -40,6 +47,12 @@ def hip_options(config: VllmConfig) -> HipOptions:
     """Return the options of the plug-in in an engine where it is on."""
     found = next(item for item in enabled_plugins(config) if item.plugin.name == "hip")
     return cast("HipOptions", found.options)
+
+
+def sparse_layers(config: VllmConfig) -> list[str]:
+    """Return the names of a worker's layers that were made sparse, in the model's order."""
+    layers = attention_layers(config, SparseLayer)
+    return [name for name, layer in layers.items() if layer.impl.plan is not None]
 
 
 class HipListener(WorkerListener):
@@ -64,14 +77,17 @@ class HipListener(WorkerListener):
         num_layers = config.model_config.get_total_num_hidden_layers()
         rows = config.scheduler_config.max_num_seqs
         sparse, dense = [], []
-        for name, layer in attention_layers(config, SparseLayer).items():
+        layers = attention_layers(config, SparseLayer)
+        readers = {layer.impl.kv_sharing_target_layer_name: name for name, layer in layers.items()}
+        # A drafter's layers stay dense, whatever numbers they have.
+        own = set(model.modules())
+        for name, layer in layers.items():
             index = extract_layer_index(name)
-            plan = options.plan(index, num_layers)
-            # A drafter's layers are counted on behind the model's; it is checked by dense ones.
-            if plan is None or index >= num_layers or not _is_full(layer.impl):
+            plan = options.plan(index, num_layers) if layer in own else None
+            if plan is None or not _is_full(layer, config):
                 dense.append(index)
                 continue
-            _check_layer(name, layer.impl)
+            _check_layer(name, layer.impl, readers.get(name))
             layer.impl.make_sparse(plan, rows)
             sparse.append(index)
         logger.info(
@@ -79,7 +95,7 @@ class HipListener(WorkerListener):
             sparse, dense, options.model_dump(),
         )  # fmt: skip
         if not sparse:
-            logger.warning("vllm-plugins: hip does nothing: all layers are dense")
+            logger.warning("vllm-plugins: hip does nothing here: all layers are dense")
         elif options.dense_threshold >= config.model_config.max_model_len:
             logger.warning(
                 "vllm-plugins: hip does nothing: no sequence exceeds dense_threshold=%d",
@@ -87,22 +103,33 @@ class HipListener(WorkerListener):
             )
 
 
-def _is_full(impl: Any) -> bool:
+def _is_full(layer: Any, config: VllmConfig) -> bool:
     """Whether a layer attends to the whole sequence; others are left as they are."""
-    return impl.sliding_window in (None, -1, (-1, -1)) and impl.attn_type == "decoder"
+    impl = layer.impl
+    if impl.attn_type != "decoder" or impl.sliding_window not in (None, -1, (-1, -1)):
+        return False
+    # Those that attend within pieces of the sequence, or past keys of their own, have other kinds.
+    return type(layer.get_kv_cache_spec(config)) is FullAttentionSpec
 
 
-def _check_layer(name: str, impl: Any) -> None:
-    """Refuse a layer whose scores have a term that the kernels do not know.
+def _check_layer(name: str, impl: Any, reader: str | None) -> None:
+    """Refuse a layer whose scores have a term that the kernels do not know, or whose KV is shared.
+
+    Args:
+        name: The layer's.
+        impl: Its implementation.
+        reader: A layer that reads its KV, if there is one: by the stock kernel, which wants another
+            order of keys than sparse layers keep.
 
     Raises:
-        PluginError: There is such a term.
+        PluginError: There is such a term, or such a layer.
     """
     terms = {
         "ALiBi": impl.alibi_slopes is not None,
         "a soft cap on logits": bool(impl.logits_soft_cap),
         "attention sinks": impl.sinks is not None,
         "KV of another layer": impl.kv_sharing_target_layer_name is not None,
+        f"KV that {reader} reads": reader is not None,
     }
     for term, present in terms.items():
         if present:

@@ -177,6 +177,71 @@ def test_layers_have_their_plans(sparse):
     assert [plan.top_k for plan in plans[1:]] == [32, 32, 32]
 
 
+def attention_layer(config, name, cls, **arguments):
+    """Make a real layer beside those of a running engine's model."""
+    from vllm.config import set_current_vllm_config
+
+    from vllm_plugins.engine.attention_host import plugin_attention
+    from vllm_plugins.settings import enabled_plugins
+
+    with plugin_attention(enabled_plugins(config)), set_current_vllm_config(config):
+        return cls(4, 64, 0.125, num_kv_heads=2, cache_config=config.cache_config,
+                   prefix=name, **arguments)  # fmt: skip
+
+
+@pytest.fixture
+def load(sparse):
+    """Tells the listener that a model of one layer is loaded; returns the layer's plan."""
+    from vllm_plugins.attention_backends.hip.worker import HipListener, hip_options
+
+    config = worker_of(sparse).plugin_view().config
+    layers = config.compilation_config.static_forward_context
+    before = dict(layers)
+
+    def load(cls, own=True, **arguments):
+        layers.clear()
+        layer = attention_layer(config, "model.layers.3.self_attn.attn", cls, **arguments)
+        model = torch.nn.ModuleList([layer] if own else [])
+        HipListener(hip_options(config), config).on_model_loaded(model)
+        return layer.impl.plan
+
+    load.config = config
+    yield load
+    layers.clear()
+    layers.update(before)
+
+
+def test_layers_of_other_kinds_and_drafters_stay_dense(load):
+    from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
+
+    assert load(Attention) is not None
+    assert load(Attention, own=False) is None
+    assert load(Attention, per_layer_sliding_window=64) is None
+    assert load(ChunkedLocalAttention, attention_chunk_size=64) is None
+
+
+def test_a_layer_whose_kv_others_read_is_refused(load):
+    """On CPU the stock kernel would read plain rows as if they were in its own order."""
+    from vllm.model_executor.layers.attention import Attention
+
+    from vllm_plugins.errors import PluginError
+
+    class Shared(Attention):
+        """A layer, and another one that reads its KV."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            target, kwargs["prefix"] = kwargs["prefix"], "model.layers.4.self_attn.attn"
+            Attention(*args, **kwargs, kv_sharing_target_layer_name=target)
+
+    with pytest.raises(PluginError) as error:
+        load(Shared)
+    assert str(error.value) == (
+        "--plugin hip: model.layers.3.self_attn.attn has KV that model.layers.4.self_attn.attn "
+        "reads; add the layer to dense_layers"
+    )
+
+
 @pytest.fixture(scope="module")
 def both(stock):
     with engine(BOTH) as llm:
@@ -200,6 +265,14 @@ def test_a_later_engine_without_the_plugin_is_stock(both, stock):
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     assert not AttentionBackendEnum.CPU_ATTN.is_overridden()
+
+
+def test_a_kv_cache_of_another_type_is_refused():
+    from vllm_plugins.errors import PluginError
+
+    refused = pytest.raises(PluginError, match="--kv-cache-dtype bfloat16: its kernels read")
+    with refused, engine(SMALL, kv_cache_dtype="bfloat16"):
+        pass
 
 
 def test_all_layers_dense_equals_stock(stock):

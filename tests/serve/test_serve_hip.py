@@ -82,6 +82,19 @@ def test_metrics_are_served(server):
     assert server.metric("vllm_plugins:hip_reused_selections_total") > 100
 
 
+def test_ranks_select_alike_in_a_batch_and_alone_and_one_counts():
+    arguments = ("--plugin", json.dumps(OPTIONS), "--tensor-parallel-size", "2")
+    numbers = [3, 4, 8]
+    with served(tiny_llama(layers=4), *arguments) as running:
+        alone = [completion(running, prompt_of(i)).choices[0].text for i in numbers]
+        with ThreadPoolExecutor(3) as pool:
+            texts = pool.map(lambda i: completion(running, prompt_of(i)).choices[0].text, numbers)
+        assert list(texts) == alone
+        # The first token of an answer is its prompt's.
+        decoded = running.metric("vllm_plugins:hip_decode_queries_total", kind="sparse")
+        assert decoded == 2 * len(numbers) * (TOKENS - 1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

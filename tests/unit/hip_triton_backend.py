@@ -142,18 +142,22 @@ def test_the_stock_kernel_is_told_nothing_of_rows_that_are_served_elsewhere(plan
     batch = batch_of([(130, 70, True), (200, 1, False), (50, 1, False), (0, 0, False)])
     built = plan(batch, phases="decode", dense_threshold=100)
     assert built.seq_lens.tolist() == [200, 201, 51, 0]
-    assert built.sparse.decodes.tolist() == [[70, 1, 1, 200, 0, 0]]
+    # Start, length, row, position, level.
+    assert built.sparse.decodes[:, :5].tolist() == [[70, 1, 1, 200, 0]]
     assert built.sparse.prompts is None
     assert built.sparse.rest.seq_lens.tolist() == [200, 1, 51, 0]
     assert built.sparse.rest.max_seq_len == 200 and built.sparse.max_len == 201
     assert built.sparse.rest.scheduler_metadata is None
     # The next step: the same row is kept, nothing is due.
     batch = batch_of([(200, 8, True), (201, 1, False), (51, 1, False), (0, 0, False)])
-    assert plan(batch).sparse.decodes.tolist() == [[8, 1, 1, 201, 2, 0]]
-    # Without sparse rows it serves all, and what was kept is forgotten.
+    assert plan(batch).sparse.decodes[:, :5].tolist() == [[8, 1, 1, 201, 2]]
+    # Without sparse rows it serves all; what was kept stays until its place is written to.
     assert plan(batch_of([(208, 8, True), (50, 1, False)])).sparse is None
     batch = batch_of([(216, 8, True), (202, 1, False)])
-    assert plan(batch).sparse.decodes.tolist() == [[8, 1, 1, 202, 0, 0]]
+    assert plan(batch).sparse.decodes[:, :5].tolist() == [[8, 1, 1, 202, 2]]
+    assert plan(batch_of([(224, 8, True), (200, 8, True)])).sparse is None
+    batch = batch_of([(232, 8, True), (203, 1, False)])
+    assert plan(batch).sparse.decodes[:, :5].tolist() == [[8, 1, 1, 203, 0]]
 
 
 def test_sparse_prompts(plan):
@@ -163,7 +167,7 @@ def test_sparse_prompts(plan):
         # Start, length, row, position, level, row of lists: cut at multiples of 64.
         [60, 4, 1, 60, -1, 0], [64, 64, 1, 64, 0, 1], [128, 32, 1, 128, 0, 2],
     ]  # fmt: skip
-    assert built.sparse.decodes.tolist() == [[160, 1, 2, 300, 0, 0]]
+    assert built.sparse.decodes[:, :5].tolist() == [[160, 1, 2, 300, 0]]
     assert built.sparse.rest.seq_lens.tolist() == [60, 100, 1]
     # Where all rows are served here, the stock kernel has nothing to do.
     assert plan(batch_of([(60, 100, True), (301, 1, False)])).sparse.rest is None
@@ -195,6 +199,13 @@ def test_what_a_graph_reads_stays_where_it_is(plan, graphs):
     for old, new in ((first.sparse.decodes, second.sparse.decodes),
                      (first.sparse.rest.seq_lens, second.sparse.rest.seq_lens)):  # fmt: skip
         assert old.data_ptr() == new.data_ptr() and old.equal(new)
+
+
+def test_the_second_runner_says_nothing_of_rows_that_pad_a_graphs_batch(plan, graphs):
+    batch = batch_of([(200, 1, False), (99, 1, True), (0, 0, False), (0, 0, False)])
+    batch = batch.replace(is_prefilling=batch.is_prefilling[:2])
+    built = plan(batch, phases="decode", dense_threshold=90)
+    assert built.sparse.decodes[:, 1].tolist() == [1, 0, 0, 0]
 
 
 def test_graphs_are_captured_for_the_longest_sequence_and_not_counted(llm, graphs, monkeypatch):

@@ -54,6 +54,10 @@ def test_sparse_and_dense_requests():
         (3, 3, 128, torch.bfloat16, "NHD"),
         (14, 2, 256, torch.float16, "HND"),
         (2, 1, 128, torch.float32, "HND"),
+        (4, 1, 128, torch.float16, "NHD"),
+        (5, 1, 64, torch.float16, "HND"),
+        (12, 2, 96, torch.bfloat16, "NHD"),
+        (4, 1, 256, torch.bfloat16, "NHD"),
     ],
 )
 def test_dtypes_groups_and_head_sizes(heads, kv_heads, size, dtype, layout):

@@ -46,6 +46,10 @@ def test_sparse_and_dense_blocks_of_several_prompts():
         (2, 2, 128, torch.bfloat16, "NHD"),
         (2, 1, 256, torch.float16, "HND"),
         (2, 1, 128, torch.float32, "NHD"),
+        (4, 1, 128, torch.float16, "NHD"),
+        (5, 1, 64, torch.float16, "HND"),
+        (6, 1, 96, torch.bfloat16, "NHD"),
+        (7, 1, 256, torch.bfloat16, "NHD"),
     ],
 )
 def test_dtypes_groups_and_head_sizes(heads, kv_heads, size, dtype, layout):

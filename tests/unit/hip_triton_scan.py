@@ -46,6 +46,10 @@ def test_decode_selects_by_the_letter(lengths, centre):
         (6, 2, 96, torch.float16, "NHD"),
         (3, 3, 128, torch.bfloat16, "NHD"),
         (4, 2, 256, torch.float16, "HND"),
+        (4, 1, 128, torch.float16, "NHD"),
+        (5, 1, 64, torch.float16, "HND"),
+        (14, 2, 96, torch.bfloat16, "NHD"),
+        (2, 1, 256, torch.bfloat16, "NHD"),
     ],
 )
 @pytest.mark.parametrize("length", [1, 40])

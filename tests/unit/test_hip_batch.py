@@ -1,5 +1,7 @@
 """How a batch becomes query blocks."""
 
+import dataclasses
+
 import torch
 
 from vllm_plugins.attention_backends.hip.batch import BatchPlanner, Rows
@@ -98,3 +100,16 @@ def test_sparse_prompts_keep_their_tail_dense():
 def test_a_batch_of_nothing():
     decodes, prompts = planner().plan(rows([]))
     assert len(decodes) == len(prompts) == 0
+
+
+def test_a_first_token_has_no_token_before_it():
+    """The last column of its block table may be anybody's."""
+    options = HipOptions(dense_threshold=0, refresh=(64, 64, 64))
+    plan = BatchPlanner(options, 8, 1).plan
+    other = rows([(159, 1, False)])
+    plan(other)
+    both = rows([(0, 1, False), (160, 1, False)])
+    table = torch.zeros_like(both.block_table)
+    table[1], table[0, -1] = other.block_table[0], other.block_table[0, 159 // BLOCK]
+    decodes, _ = plan(dataclasses.replace(both, block_table=table))
+    assert decodes.level.tolist() == [0, 3]

@@ -11,6 +11,7 @@ from vllm_plugins.attention_backends.hip import cpu_kernels, torch_attention
 from vllm_plugins.attention_backends.hip.plan import LayerPlan, Stage
 from vllm_plugins.attention_backends.hip.query_blocks import DENSE
 from vllm_plugins.attention_backends.hip.selection import NONE
+from vllm_plugins.engine.cpu_library import LIBRARIES
 
 NUM_STAGES = len(SMALL.stages)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -225,6 +226,26 @@ def test_threads_do_not_change_a_bit():
         found.append(run(cpu_kernels, problem, query, decodes([2999, 49], [0, DENSE]))[0])
     torch.set_num_threads(threads)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_each_instruction_set_has_kernels_that_do_the_same(capability, monkeypatch):
+    name, here = f"_cpu_{capability.lower()}", torch.backends.cpu.get_cpu_capability()
+    if name not in LIBRARIES.get(here, ()):
+        pytest.skip(f"this machine has {here}, not {capability}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    kernels = cpu_kernels.library.__wrapped__()
+    assert f"{name}." in kernels._name
+    monkeypatch.setattr(cpu_kernels, "library", lambda: kernels)
+    problem = Problem([500, 400], heads=6, kv_heads=2, seed=14)
+    query = problem.queries(41)
+    block = blocks(start=[0, 1], length=[1, 40], row=[0, 1], position=[499, 360], level=[0, 0])
+    out, _ = run(cpu_kernels, problem, query, block)
+    for start, length, row, position in ((0, 1, 0, 499), (1, 40, 1, 360)):
+        chosen = select(problem, query[start : start + length], row, position, SMALL, 0)[-1]
+        for t in {0, length - 1}:
+            seen = attended(position, length, chosen, SMALL, t)
+            close(out[start + t], problem.attend(query[start + t], row, position + t, seen))
 
 
 def test_first_keys_can_represent(path):

@@ -4,7 +4,7 @@
 
 #include <memory>
 
-#include "kernels.h"
+#include "scores.h"
 
 namespace hip {
 namespace {
@@ -149,7 +149,8 @@ class Layer {
   void score(Due& x, int stage, int from, Floats& scratch) {
     const int n = std::min<int>(kScoreTile, x.chunks.size() - from);
     if (is_few(x.m)) {
-      score_few<T>(c_, x.m, stage, x.end, x.chunks.data() + from, n, few_[x.m].get(),
+      const auto score_chunks = is_read_whole(c_, stage) ? score_whole<T> : score_few<T>;
+      score_chunks(c_, x.m, stage, x.end, x.chunks.data() + from, n, few_[x.m].get(),
                    x.scores.get() + from);
       return;
     }

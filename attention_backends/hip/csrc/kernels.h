@@ -1,4 +1,4 @@
-// The work of one thread: scoring some chunks, attending to some keys.
+// The work of one thread: attending to some keys.
 #pragma once
 
 #include <cmath>
@@ -10,13 +10,28 @@ namespace hip {
 
 constexpr int kTile = 64;  // keys that are attended to at once
 constexpr int kGroup = 4;  // query heads that share a pass over the keys
+constexpr int kAhead = 8;  // keys between one that is used and one that is asked for
 
 // ---- Few queries: decode, and verification of drafts -------------------------------------------
 
+template <class T>
+HIP_INLINE void prefetch(const T* row, int d) {
+  const char* p = reinterpret_cast<const char*>(row);
+  for (int i = 0; i < static_cast<int>(d * sizeof(T)); i += 64) __builtin_prefetch(p + i);
+}
+
+// Scores of n rows, [G][kTile]. What is wanted afterwards is asked for meanwhile: what lies `next`
+// elements behind each row, or else rows that follow.
 template <class T, int G>
-HIP_INLINE void dot_rows(const float* const* q, const T* const* rows, int n, int d, float* scores) {
+HIP_INLINE void dot_rows(const float* const* q, const T* const* rows, int n, int d, int64_t next,
+                         float* scores) {
   for (int j = 0; j < n; ++j) {
     const T* k = rows[j];
+    if (next) {
+      prefetch(k + next, d);
+    } else if (j + kAhead < n) {
+      prefetch(rows[j + kAhead], d);
+    }
     v8 acc[G][2];
     for (int g = 0; g < G; ++g) acc[g][0] = acc[g][1] = splat(0.0f);
     for (int i = 0; i < d; i += 16) {
@@ -55,7 +70,7 @@ template <class T, int G>
 HIP_INLINE void attend_tile(const float* const* q, const T* const* rows, int64_t value_offset,
                             int n, int d, float* const* states) {
   float scores[G * kTile];
-  dot_rows<T, G>(q, rows, n, d, scores);
+  dot_rows<T, G>(q, rows, n, d, value_offset, scores);
   for (int g = 0; g < G; ++g) {
     float* s = scores + g * kTile;
     for (int j = n; j < (n + 7) / 8 * 8; ++j) s[j] = -INFINITY;
@@ -111,77 +126,6 @@ void attend_few(const Call& c, int m, int kv_head, const Keys& keys, int32_t fro
           default: attend_tile<T, 4>(q, rows, c.value_offset, seen, d, states);
         }
       }
-    }
-  }
-}
-
-template <class T>
-HIP_INLINE float best_dot(const float* q, int64_t step, int n, const T* k, int d) {
-  float best = -INFINITY;
-  for (int t = 0; t < n; ++t, q += step) {
-    v8 acc[2] = {splat(0.0f), splat(0.0f)};
-    for (int i = 0; i < d; i += 16) {
-      acc[0] += load(q + i) * load(k + i);
-      acc[1] += load(q + i + 8) * load(k + i + 8);
-    }
-    best = std::max(best, sum(acc[0] + acc[1]));
-  }
-  return best;
-}
-
-// A chunk while one head bisects it (SelectRep, algorithm 2). Representatives of a half that is empty
-// are those of the other one.
-struct Range {
-  int32_t first, last;
-
-  int32_t middle() const { return (first + last) / 2; }
-  int32_t left(bool centre) const { return centre ? (first + middle()) / 2 : first; }
-  int32_t right(bool centre) const { return centre ? (middle() + last) / 2 : middle(); }
-
-  void go(float left_score, float right_score) {
-    if (last - first == 1) return;
-    if (left_score >= right_score) {
-      last = middle();
-    } else {
-      first = middle();
-    }
-  }
-};
-
-template <class T>
-HIP_INLINE void prefetch(const T* row, int d) {
-  const char* p = reinterpret_cast<const char*>(row);
-  for (int i = 0; i < static_cast<int>(d * sizeof(T)); i += 64) __builtin_prefetch(p + i);
-}
-
-// Scores chunks for all heads. A representative is a row somewhere in memory, so those of a round are
-// all asked for before the first is used.
-template <class T>
-void score_few(const Call& c, int m, int stage, int32_t end, const int32_t* starts, int n,
-               const float* queries, float* scores) {
-  const int group = c.heads / c.kv_heads, d = c.head_size;
-  const int64_t step = static_cast<int64_t>(c.heads) * d;
-  std::vector<Range> ranges(n * group);
-  std::vector<std::pair<const T*, const T*>> rows(n * group);
-  std::fill(scores, scores + n, -INFINITY);
-  for (int h = 0; h < c.kv_heads; ++h) {
-    const Rows<T> row_of(c, m, h);
-    for (int i = 0; i < n * group; ++i)
-      ranges[i] = {starts[i / group], std::min(starts[i / group] + c.chunk[stage], end)};
-    for (int span = c.chunk[stage];; span = (span + 1) / 2) {
-      for (int i = 0; i < n * group; ++i) {
-        rows[i] = {row_of[ranges[i].left(c.centre)], row_of[ranges[i].right(c.centre)]};
-        prefetch(rows[i].first, d);
-        prefetch(rows[i].second, d);
-      }
-      for (int i = 0; i < n * group; ++i) {
-        const float* q = queries + (h * group + i % group) * d;
-        const float left = best_dot(q, step, c.length[m], rows[i].first, d);
-        const float right = best_dot(q, step, c.length[m], rows[i].second, d);
-        scores[i / group] = std::max(scores[i / group], std::max(left, right));
-        ranges[i].go(left, right);
-      }
-      if (span <= 2) break;
     }
   }
 }
@@ -265,58 +209,6 @@ void attend_many(const Call& c, int m, int kv_head, const Keys& keys,
   for (int j = 0; j < columns; j += 8) {
     const v8 inverse = 1.0f / load(weight + j);
     for (int i = 0; i < d; ++i) store(acc + i * columns + j, load(acc + i * columns + j) * inverse);
-  }
-}
-
-// Largest score of each of n <= kTile rows over the columns.
-HIP_INLINE void best_of_columns(const float* k, int n, int d, const float* queries, int columns,
-                                float* scores, float* best) {
-  for (int i = 0; i < n; i += 4) {
-    v8 top[4];
-    for (int r = 0; r < 4; ++r) top[r] = splat(-INFINITY);
-    for (int j = 0; j < columns; j += 16) {
-      multiply_4x16<false>(k + i * d, d, 1, queries + j, columns, d, scores, 16);
-      for (int r = 0; r < 4; ++r)
-        top[r] = max8(top[r], max8(load(scores + 16 * r), load(scores + 16 * r + 8)));
-    }
-    for (int r = 0; r < 4; ++r) best[i + r] = largest(top[r]);
-  }
-}
-
-// queries [heads, head_size, columns]: only those that take part, padded by repeating the last.
-template <class T>
-void score_many(const Call& c, int m, int stage, int32_t end, const int32_t* starts,
-                           int n, const float* queries, int columns, float* scratch,
-                           float* scores) {
-  constexpr int kChunks = kTile / 2;
-  const int group = c.heads / c.kv_heads, d = c.head_size;
-  float *k = scratch, *products = k + kTile * d;
-  for (int j = 0; j < n; ++j) scores[j] = -INFINITY;
-  for (int h = 0; h < c.heads; ++h) {
-    const Rows<T> row_of(c, m, h / group);
-    const float* q = queries + static_cast<int64_t>(h) * d * columns;
-    for (int j0 = 0; j0 < n; j0 += kChunks) {
-      const int count = std::min(kChunks, n - j0);
-      Range ranges[kChunks];
-      for (int j = 0; j < count; ++j)
-        ranges[j] = {starts[j0 + j], std::min(starts[j0 + j] + c.chunk[stage], end)};
-      for (int span = c.chunk[stage];; span = (span + 1) / 2) {
-        const T* rows[kTile];
-        float best[kTile];
-        for (int j = 0; j < count; ++j) {
-          rows[2 * j] = row_of[ranges[j].left(c.centre)];
-          rows[2 * j + 1] = row_of[ranges[j].right(c.centre)];
-        }
-        copy_rows<T>(rows, 0, 2 * count, d, k);
-        best_of_columns(k, (2 * count + 3) / 4 * 4, d, q, columns, products, best);
-        for (int j = 0; j < count; ++j) {
-          const float left = best[2 * j], right = best[2 * j + 1];
-          scores[j0 + j] = std::max(scores[j0 + j], std::max(left, right));
-          ranges[j].go(left, right);
-        }
-        if (span <= 2) break;
-      }
-    }
   }
 }
 
