@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from in_process import counted, engine, generate, write
 
+from vllm_plugins.kv_connectors.kvshare.work import PROJECTION
+
 SHARED, DOCUMENTS = 0.85, 8
 KINDS = ("shared", "unrelated")
 STOCK, UNCACHED, PLUGIN = "stock", "stock, no prefix caching", "kvshare:recompute_max=0.15"
@@ -58,8 +60,8 @@ def first_token(llm: Any, prompt: list[int]) -> dict[str, float]:
     tokens = layers * (len(prompt) - (output.num_cached_tokens or 0))
     if found["reused"]:
         again = found["recomputed"] + found["gap"]
-        tokens += (CHECK_LAYER + 1) * (found["reused"] + found["gap"])
-        tokens += (layers - CHECK_LAYER - 1) * again
+        tokens += (CHECK_LAYER + PROJECTION) * (found["reused"] + found["gap"] - again)
+        tokens += layers * again
     return {"cpu_s": spent, "layer_tokens": tokens}
 
 

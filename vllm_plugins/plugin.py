@@ -127,6 +127,9 @@ class SchedulerPlugin(Plugin, ABC):
     """A plug-in that is one policy of the scheduler host."""
 
     family: ClassVar[Family] = "scheduler"
+    refines_order_of: ClassVar[frozenset[str]] = frozenset()
+    """Names of plug-ins that order waiting requests by a key, which this one's order then keeps to,
+    knowing better what is left to compute of each."""
 
     def configure(self, options: Any, arguments: EngineArguments) -> None:
         """Choose the scheduler host, which finds its policies in the engine's configuration."""
@@ -142,7 +145,10 @@ class SchedulerPlugin(Plugin, ABC):
             )
 
     def orders_waiting(self, options: Any) -> bool:
-        """Whether the policy decides the order of waiting requests; only one can."""
+        """Whether the policy decides the order of waiting requests.
+
+        Only one can, or one and another that refines its order.
+        """
         return False
 
     @abstractmethod

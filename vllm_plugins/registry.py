@@ -131,7 +131,13 @@ def waiting_order_owners(enabled: Sequence[Enabled]) -> list[str]:
 
 
 def _check_one_order(enabled: Sequence[Enabled]) -> None:
-    owners = waiting_order_owners(enabled)
+    ordering = set(waiting_order_owners(enabled))
+    refined = {
+        item.plugin.name
+        for item in enabled
+        if isinstance(item.plugin, SchedulerPlugin) and item.plugin.refines_order_of & ordering
+    }
+    owners = [name for name in waiting_order_owners(enabled) if name not in refined]
     if len(owners) > 1:
         raise PluginError(
             f"--plugin {owners[1]}",

@@ -1,10 +1,10 @@
 """Putting one request's KV together from stored runs: load, check, select, recompute.
 
-The layers up to the check layer run over the whole span, so that their KV is fresh for every token.
-At the check layer the values just computed are compared with the stored ones, which says how far
-each reused token deviates; a selector (``deviation.py``) chooses from them, and the remaining
-layers run over what was chosen and over the gaps, each row attending to everything up to its own
-position.
+The layers before the check layer run over the whole span, and of the check layer what its keys and
+values take (``check_pass.py``), so that KV up to there is fresh for every token. The values just
+computed are compared with the stored ones, which says how far each reused token deviates; a
+selector (``deviation.py``) chooses from them, and the layers from the check layer on run over what
+was chosen and over the gaps, each row attending to everything up to its own position.
 
 The work is done in slices, so that other requests' decodes run between them.
 """
@@ -19,7 +19,8 @@ import torch
 
 from vllm_plugins.engine.host_copy import HostCopy
 from vllm_plugins.engine.kv_pages import KVPages
-from vllm_plugins.engine.partial_forward import PartialForward, Rows, slot_mapping
+from vllm_plugins.engine.partial_forward import Rows, slot_mapping
+from vllm_plugins.kv_connectors.kvshare.check_pass import CheckForward
 from vllm_plugins.kv_connectors.kvshare.deviation import (
     SELECTORS,
     Budget,
@@ -31,13 +32,7 @@ from vllm_plugins.kv_connectors.kvshare.payloads import Payloads, Piece, State
 from vllm_plugins.kv_connectors.kvshare.refresh import Stale
 from vllm_plugins.kv_connectors.kvshare.rope import PositionShift
 from vllm_plugins.kv_connectors.kvshare.transfer import Reuse
-
-# What loading a token's KV in all layers costs, in tokens through all layers. A guess: with 8B
-# parameters it is 128 KiB, 5 us over a bus of 25 GB/s, and prefill takes 40 us at 400 TFLOP/s.
-LOAD_COST = 1 / 8
-# What a pass costs beside its rows, in tokens. Measured on a CPU: 21 with 30 layers of width 576,
-# 39 with 4 small ones. Where it is bound by launching kernels it is more.
-PASS_COST = 32
+from vllm_plugins.kv_connectors.kvshare.work import LOAD_COST, PASS_COST, PROJECTION, bridged
 
 
 @dataclass(frozen=True)
@@ -45,16 +40,18 @@ class Recipe:
     """How requests are blended; the same for all of them.
 
     Attributes:
-        check_layer: c, the last layer that runs over every token of the span.
+        check_layer: c, the last layer whose KV is computed for every token of the span.
         selector: Rule that chooses among the reused tokens.
         budget: How much it may choose.
         link_tokens: m, tokens at the start of a run whose left context changed.
+        max_runs: Runs of rows that a pass holds.
     """
 
     check_layer: int
     selector: SelectorName
     budget: Budget
     link_tokens: int
+    max_runs: int
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class Kitchen:
     """What blending works with in one worker."""
 
     pages: KVPages
-    forward: PartialForward
+    forward: CheckForward
     payloads: Payloads
     shift: PositionShift
     recipe: Recipe
@@ -149,28 +146,37 @@ class Blend:
 
     def _blend(self) -> Iterator[float]:
         check, layers = self._kitchen.recipe.check_layer, self._kitchen.pages.num_layers
-        upper = range(check + 1, layers)
         self._kitchen.payloads.start(self._lease)
-        yield from self._load(upper)
+        yield from self._load(range(check + 1, layers))
         span = self._rows(np.arange(self.reuse.start, self.reuse.end))
-        yield from self._run(span, range(check + 1))
+        yield from self._run(span, range(check), project=True)
         self._measured = self._measure(check)
         yield 0.0
         again = self._select(self._measured)
         self._measured = None
-        yield from self._run(span.take(again), upper)
+        yield from self._run(span.take(again), range(check, layers))
 
     def _rows(self, positions: np.ndarray) -> Rows:
         return Rows(positions, self.reuse.block_ids, self.reuse.token_ids[positions])
 
-    def _run(self, rows: Rows, layers: range) -> Iterator[float]:
-        """Run rows through layers, a pass at a time; the rows keep their hidden states."""
-        forward, share = self._kitchen.forward, len(layers) / self._kitchen.pages.num_layers
+    def _run(self, rows: Rows, layers: range, *, project: bool = False) -> Iterator[float]:
+        """Run rows through layers, a pass at a time; the rows keep their hidden states.
+
+        Args:
+            rows: The rows.
+            layers: The layers; there may be none.
+            project: Whether the next layer's keys and values are wanted as well.
+        """
+        forward, pages = self._kitchen.forward, self._kitchen.pages
+        work = len(layers) + PROJECTION * project
         done: list[Rows] = []
         for piece in forward.split(rows):
-            forward.run([piece], layers)
+            if layers:
+                forward.run([piece], layers)
+            if project:
+                forward.write_keys_values(piece, layers.stop, pages)
             done.append(piece)
-            yield (len(piece.positions) + PASS_COST) * share
+            yield (len(piece.positions) + PASS_COST) * work / pages.num_layers
         rows.join(done)
 
     def _slots(self, positions: np.ndarray) -> torch.Tensor:
@@ -201,7 +207,7 @@ class Blend:
     def _select(self, measured: HostCopy) -> np.ndarray:
         """Choose, and return what is computed: the chosen rows and all gaps, as the span's indices.
 
-        What lies alone between two of them is chosen with them.
+        What lies between two of them and costs less than another pass is chosen with them.
         """
         self.deviation, norm = measured.arrays()
         reused = Reused(self.deviation, norm, self._links(), self._seed)
@@ -211,7 +217,7 @@ class Blend:
         rows = self._reused - self.reuse.start
         wanted = np.ones(self.reuse.end - self.reuse.start, bool)
         wanted[rows[kept]] = False
-        wanted = without_single_holes(wanted)
+        wanted = bridged(wanted, recipe.max_runs)
         self.chosen = wanted[rows]
         return np.flatnonzero(wanted)
 
@@ -224,10 +230,3 @@ class Blend:
             if not source.continues:
                 links[start : start + min(source.length, self._kitchen.recipe.link_tokens)] = True
         return links
-
-
-def without_single_holes(wanted: np.ndarray) -> np.ndarray:
-    """Return a mask with holes of one element filled: a row more, but one virtual request less."""
-    filled = wanted.copy()
-    filled[1:-1] |= wanted[:-2] & wanted[2:]
-    return filled

@@ -20,6 +20,7 @@ from vllm_plugins.errors import PluginError
 from vllm_plugins.kv_connectors.kvshare import metrics
 from vllm_plugins.kv_connectors.kvshare.disk import Catalogue
 from vllm_plugins.kv_connectors.kvshare.fingerprint import fingerprint
+from vllm_plugins.kv_connectors.kvshare.offers import EngineShape
 from vllm_plugins.kv_connectors.kvshare.plugin import resolved
 from vllm_plugins.kv_connectors.kvshare.scheduler_side import SchedulerSide
 from vllm_plugins.kv_connectors.kvshare.transfer import Orders
@@ -179,4 +180,5 @@ def _scheduler_side(
     if config.scheduler_config.scheduler_cls != SCHEDULER_HOST:
         # The scheduler host, where there is one, says this of all plug-ins.
         logger.info("vllm-plugins: kvshare is on (KV connector): %s", options.model_dump())
-    return SchedulerSide(options, spec.block_size, layers, capacity, writer, catalogue)
+    shape = EngineShape(spec.block_size, layers, config.scheduler_config.max_num_seqs)
+    return SchedulerSide(options, shape, capacity, writer, catalogue)

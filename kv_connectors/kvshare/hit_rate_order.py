@@ -3,8 +3,14 @@
 A request that reuses most of its prompt is through soon, and while it waits what it reuses may be
 evicted, so it goes first (KVShare, arXiv 2503.16525, abstract: admission by KV hit rate), among
 the requests of its tenant domain. The formula is **our guess**: the share of the prompt that is
-stored, plus the time it has waited over the time that weighs as much as a whole hit. Waiting adds
-up, so nobody waits for ever; and nobody is overtaken more than ``max_bypass`` times.
+stored, plus the time it has waited over the time that weighs as much as a whole hit.
+
+Beside a plug-in that orders by remaining prefill (spf), what counts is the prefill that reuse
+leaves: a long prompt that is stored goes like a short one, and a short one that is not stored need
+not wait for it. The formula and the ageing are then that plug-in's.
+
+Waiting adds up in both, so nobody waits for ever; and within its domain nobody is overtaken more
+than ``max_bypass`` times.
 """
 
 from __future__ import annotations
@@ -13,8 +19,9 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_plugins.engine.policy import SchedulerPolicy, Step, StepPlan
+from vllm_plugins.engine.policy import SchedulerPolicy, Step, StepPlan, prefill_left
 from vllm_plugins.kv_connectors.kvshare.metrics import BYPASSES
+from vllm_plugins.kv_connectors.kvshare.request_state import NO_HIT, Hit
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -32,8 +39,10 @@ class Waiting:
 
     Attributes:
         arrived: When it arrived, in seconds.
-        place: When the one arrived in whose place it stands, of the same domain.
-        hit: Share of its prompt that is stored, in [0, 1].
+        place: Score, by the order that does not know the store, of the one in whose place it
+            stands, of the same domain.
+        score: What orders it within its domain, smallest first. All scores fall alike as time goes
+            by, so that their order does not depend on it.
         bypassed: How often a later one of its domain was admitted before it.
         started: Whether it has been answering already and was preempted.
         domain: Digest of the tenant domain; None where nothing is stored of the request.
@@ -41,7 +50,7 @@ class Waiting:
 
     arrived: float
     place: float
-    hit: float
+    score: float
     bypassed: int
     started: bool
     domain: bytes | None = None
@@ -52,25 +61,20 @@ def places(waiting: Sequence[Waiting]) -> list[int]:
     return sorted(range(len(waiting)), key=lambda i: (not waiting[i].started, waiting[i].place))
 
 
-def hit_rate_order(
-    waiting: Sequence[Waiting], now: float, full_hit_seconds: float, max_bypass: int
-) -> list[int]:
+def hit_rate_order(waiting: Sequence[Waiting], max_bypass: int) -> list[int]:
     """Return the indices of waiting requests in the order in which to admit them.
 
     Args:
         waiting: The requests.
-        now: The time, in seconds.
-        full_hit_seconds: Time of waiting that weighs as much as a whole prompt in the store.
-        max_bypass: Nobody is overtaken more often.
+        max_bypass: Nobody is overtaken more often by later ones of its domain.
     """
 
     def rank(index: int) -> tuple[bool, float]:
         request = waiting[index]
-        worth = request.hit + (now - request.arrived) / full_hit_seconds
-        return not request.started, request.arrived if request.started else -worth
+        return not request.started, request.arrived if request.started else request.score
 
-    # Each domain keeps the places that arrival gives it, so that nobody's wait tells what another
-    # domain has stored.
+    # Each domain keeps the places that it has without the store, so that nobody's wait tells what
+    # another domain has stored.
     by_place = places(waiting)
     own: dict[bytes | None, list[int]] = {}
     for index in sorted(by_place, key=lambda i: (not waiting[i].started, waiting[i].arrived)):
@@ -103,11 +107,13 @@ class HitRatePolicy(SchedulerPolicy):
     """Keeps vLLM's waiting queue in this order.
 
     Args:
-        full_hit_seconds: See `hit_rate_order`.
+        full_hit_seconds: Time of waiting that weighs as much as a whole prompt in the store, where
+            no other policy orders by prefill.
         max_bypass: See `hit_rate_order`.
     """
 
     metrics = (BYPASSES,)
+    arranges_waiting = True
 
     def __init__(self, full_hit_seconds: float, max_bypass: int) -> None:
         self._full_hit_seconds = full_hit_seconds
@@ -120,7 +126,7 @@ class HitRatePolicy(SchedulerPolicy):
 
     def added(self, request: Request, arrived: float) -> None:
         """Take a new request's arrival."""
-        self._arrived[request.request_id] = self._place[request.request_id] = arrived
+        self._arrived[request.request_id] = arrived
         self._bypassed[request.request_id] = 0
 
     def plan(self, plan: StepPlan) -> None:
@@ -130,7 +136,7 @@ class HitRatePolicy(SchedulerPolicy):
             return
         requests = list(plan.waiting)
         waiting = self._look_at(requests)
-        order = hit_rate_order(waiting, plan.now, self._full_hit_seconds, self._max_bypass)
+        order = hit_rate_order(waiting, self._max_bypass)
         for index, there in zip(order, places(waiting), strict=True):
             self._place[requests[index].request_id] = waiting[there].place
         self._queue = [(requests[index], waiting[index]) for index in order]
@@ -141,19 +147,25 @@ class HitRatePolicy(SchedulerPolicy):
 
     def _look_at(self, requests: Sequence[Request]) -> list[Waiting]:
         side: SchedulerSide = self.facts.kv_connector.scheduler
-        shares = side.stored_shares(requests, LOOKED_UP_PER_STEP)
+        hits = side.hits(requests, LOOKED_UP_PER_STEP)
         return [
             Waiting(
                 self._arrived[request.request_id],
-                self._place[request.request_id],
-                share,
+                self._place.setdefault(request.request_id, self._score(request, NO_HIT)),
+                self._score(request, hit),
                 # One that was preempted has been admitted before, and is not counted any more.
                 self._bypassed.get(request.request_id, 0),
                 request.num_output_tokens > 0,
                 side.domain(request),
             )
-            for request, share in zip(requests, shares, strict=True)
+            for request, hit in zip(requests, hits, strict=True)
         ]
+
+    def _score(self, request: Request, hit: Hit) -> float:
+        key = self.facts.waiting_key
+        if key is not None:
+            return key(request, prefill_left(request) - hit.saved)
+        return self._arrived[request.request_id] / self._full_hit_seconds - hit.share
 
     def scheduled(self, step: Step) -> None:
         """Count who was overtaken by whom the step took from the queue, to run or to be loaded."""

@@ -55,7 +55,7 @@ EVICTED = MetricSpec(
 BYPASSES = MetricSpec(
     "kvshare_bypasses_total",
     "counter",
-    "Requests admitted before an earlier one because more of their prompt was stored.",
+    "With order=hit_rate, requests admitted before an earlier one of their tenant domain.",
 )
 DEVIATION = MetricSpec(
     "kvshare_relative_deviation",

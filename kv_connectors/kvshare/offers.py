@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from vllm_plugins.kv_connectors.kvshare.request_state import NO_HIT, Hit
+from vllm_plugins.kv_connectors.kvshare.work import PROJECTION, PassSize
 
 if TYPE_CHECKING:
     from vllm_plugins.kv_connectors.kvshare.index import SegmentIndex
@@ -15,6 +19,21 @@ if TYPE_CHECKING:
 LEAST_SAVING = 0.1
 
 
+@dataclass(frozen=True)
+class EngineShape:
+    """What is to be known of an engine.
+
+    Attributes:
+        block_size: Tokens of a KV block.
+        layers: Decoder layers of the model.
+        max_runs: Runs of rows that a pass of the partial forward holds, ``max_num_seqs``.
+    """
+
+    block_size: int
+    layers: int
+    max_runs: int
+
+
 class Offers:
     """Looks requests up in the index.
 
@@ -22,8 +41,7 @@ class Offers:
         options: The plug-in's options.
         planner: Makes plans from the index.
         index: The stored segments.
-        block_size: Tokens of a KV block.
-        layers: Decoder layers of the model.
+        shape: What is to be known of the engine.
     """
 
     def __init__(
@@ -31,13 +49,14 @@ class Offers:
         options: KVShareOptions,
         planner: Planner,
         index: SegmentIndex,
-        block_size: int,
-        layers: int,
+        shape: EngineShape,
     ) -> None:
         self._options, self._planner, self._index = options, planner, index
-        self._block = block_size
+        self._block = shape.block_size
         # Share of a token's work that is spent on it even when it is reused.
-        self._always = (options.check_layer + 1) / layers
+        self._always = (options.check_layer + PROJECTION) / shape.layers
+        assert options.fix_tokens_per_step is not None
+        self._pass = PassSize(shape.max_runs, options.fix_tokens_per_step)
 
     def plan(self, state: RequestState, computed: int) -> Refusal | None:
         """Plan a request's reuse from the end of its prefix hit on, in ``state.planned``.
@@ -69,19 +88,35 @@ class Offers:
         # measuring, and whoever sets it wants it done.
         if plan.is_exact or self._options.recompute_min == 1.0:
             return None
-        work = plan.work(self._always, self._options.recompute_max)
-        return "not_worth" if work > (1 - LEAST_SAVING) * (plan.end - plan.start) else None
+        span = plan.end - plan.start
+        return "not_worth" if span - self._work(plan) < LEAST_SAVING * span else None
 
-    def measure_share(self, state: RequestState) -> int:
-        """Look up the share of a prompt that is stored, into ``state.share``.
+    def _work(self, plan: Plan) -> float:
+        """Return what carrying a plan out may cost, in tokens through all layers.
+
+        As much as may be is computed again, and stands one by one: 302 such rows were seen in 259
+        runs.
+        """
+        if plan.is_exact:
+            return 0.0
+        span = plan.end - plan.start
+        again = self._options.recompute_max * plan.reused
+        rows, runs = span - plan.reused + again, again + len(plan.gaps)
+        upper = self._pass.cost(rows, runs, (span - rows) / max(runs, 1.0))
+        return self._always * self._pass.cost(span) + (1 - self._always) * upper
+
+    def measure(self, state: RequestState) -> int:
+        """Look up what a waiting request would find in the store, into ``state.hit``.
 
         Returns:
             The tokens that had to be looked at.
         """
-        state.share, state.share_version = 0.0, self._index.version
+        state.hit, state.hit_version = NO_HIT, self._index.version
         if state.domain is None or state.barred is not None:
             return 0
         count = len(state.tokens)
         plan = self._planner.plan(state.domain, state.tokens, 0, count)
-        state.share = plan.reused / max(count, 1)
+        offer = plan.shortened(self._block, self._options.mode == "exact_only")
+        saved = 0.0 if self._objection(offer) else offer.end - offer.start - self._work(offer)
+        state.hit = Hit(plan.reused / max(count, 1), max(saved, 0.0))
         return count

@@ -75,17 +75,6 @@ class Plan:
         """Whether all of it is what a full prefill would give: there is nothing to compute."""
         return self.exact_prefix_end >= self.end
 
-    def work(self, always: float, recomputed: float) -> float:
-        """Return what carrying it out costs, in tokens through all layers.
-
-        Args:
-            always: Share of a token's work that is spent on it even when it is reused.
-            recomputed: Share of the reused tokens that is computed again.
-        """
-        span = self.end - self.start
-        rest = span - (1 - recomputed) * self.reused
-        return always * span + (1 - always) * rest
-
     def shortened(self, block: int, exact_only: bool) -> Plan:
         """Return the plan cut so that it ends on a block's edge, and not far beyond its last run.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,10 +26,6 @@ TRANSFER = {
     "kv_load_failure_policy": "recompute",
 }
 FRONT_DOOR = "vllm_plugins.kv_connectors.kvshare.front_door.TenantFrontDoor"
-# Methods of speculative decoding whose drafter reads nothing but token ids.
-TOKEN_DRAFTERS = frozenset({"ngram", "suffix"})
-
-MOVABLE_DTYPES = frozenset({"auto", "float16", "bfloat16"})
 
 
 class KVShareOptions(Options):
@@ -135,13 +131,13 @@ class KVShareOptions(Options):
     order: Literal["arrival", "hit_rate"] = Field(
         "arrival",
         description="Order of waiting requests: arrival leaves vLLM's own; hit_rate admits first "
-        "who has most of the prompt stored.",
+        "who has most of the prompt stored, or with spf who has least left to compute.",
     )
     full_hit_ms: float = Field(
         5000.0,
         gt=0,
-        description="With order=hit_rate, time of waiting that weighs as much as a whole prompt in "
-        "the store, in ms.",
+        description="With order=hit_rate and without spf, time of waiting that weighs as much as a "
+        "whole prompt in the store, in ms.",
     )
     max_bypass: int = Field(
         8,
@@ -226,6 +222,8 @@ class KVSharePlugin(SchedulerPlugin, WorkerPlugin):
         vllm=">=0.32", platforms=frozenset({"cpu", "cuda"}), runners=frozenset({"V1", "V2"})
     )
     Options: ClassVar[type[Options]] = KVShareOptions
+    # It knows how much of a prompt reuse leaves to compute.
+    refines_order_of = frozenset({"spf"})
 
     def configure(self, options: KVShareOptions, arguments: EngineArguments) -> None:
         """Choose the worker host, the connector and, where it orders, the scheduler host."""
@@ -247,6 +245,7 @@ class KVSharePlugin(SchedulerPlugin, WorkerPlugin):
     def check(self, options: KVShareOptions, config: VllmConfig) -> None:
         """Refuse models and settings under which KV cannot be moved or recomputed."""
         from vllm_plugins.engine.partial_forward import check_architecture
+        from vllm_plugins.kv_connectors.kvshare.refusals import unsupported
 
         check_architecture("--plugin kvshare", config.model_config.architectures)
         _check_files(options)
@@ -271,7 +270,7 @@ class KVSharePlugin(SchedulerPlugin, WorkerPlugin):
                 f"leaves no layer to save work in; the model has {layers}",
                 f"choose at most {layers - 2}",
             )
-        for flag, reason, mend in _unsupported(config):
+        for flag, reason, mend in unsupported(options, config):
             raise PluginError(f"--plugin kvshare with {flag}", reason, mend)
 
     def orders_waiting(self, options: KVShareOptions) -> bool:
@@ -353,39 +352,3 @@ def _check_files(options: KVShareOptions) -> None:
         path = getattr(options, name)
         if path is not None:
             read_key(f"--plugin kvshare: {name}", path)
-
-
-def _unsupported(config: VllmConfig) -> list[tuple[str, str, str]]:
-    """Return what the engine's configuration has that KVShare cannot serve."""
-    parallel, drafter = config.parallel_config, config.speculative_config
-    found: list[tuple[Any, tuple[str, str, str]]] = [
-        (
-            parallel.pipeline_parallel_size > 1,
-            (
-                "--pipeline-parallel-size",
-                "stages would need each other's hidden states to recompute a token",
-                "use tensor parallelism",
-            ),
-        ),
-        (
-            parallel.decode_context_parallel_size > 1,
-            ("--decode-context-parallel-size", "a token's KV would be split", "drop it"),
-        ),
-        (
-            config.cache_config.cache_dtype not in MOVABLE_DTYPES,
-            ("--kv-cache-dtype", "a quantised KV cache cannot be moved", "use 'auto'"),
-        ),
-        (
-            config.lora_config is not None,
-            ("--enable-lora", "recomputed tokens would miss the adapter", "drop one of the two"),
-        ),
-        (
-            drafter is not None and drafter.method not in TOKEN_DRAFTERS,
-            (
-                "--speculative-config",
-                "the drafter needs hidden states of the tokens that are not computed",
-                "use method 'ngram' or 'suffix'",
-            ),
-        ),
-    ]
-    return [problem for applies, problem in found if applies]

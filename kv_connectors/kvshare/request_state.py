@@ -14,6 +14,22 @@ if TYPE_CHECKING:
     from vllm_plugins.kv_connectors.kvshare.tally import Refusal
 
 
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """What a waiting request would find in the store.
+
+    Attributes:
+        share: Share of its prompt that is stored, in [0, 1].
+        saved: Prefill that its reuse spares, in tokens through all layers.
+    """
+
+    share: float
+    saved: float
+
+
+NO_HIT = Hit(0.0, 0.0)
+
+
 @dataclass
 class RequestState:
     """What is known of a request from its first look-up to its end.
@@ -29,8 +45,8 @@ class RequestState:
         loading: Whether the workers are at it.
         stored: Whether its prompt has been stored.
         refreshed: Generated tokens at the last look at its stale tokens; None without any.
-        share: Share of its prompt that is stored, as of ``share_version`` of the index.
-        share_version: Version of the index at the last look-up by the waiting order.
+        hit: What it would find in the store, as of ``hit_version`` of the index.
+        hit_version: Version of the index at the last look-up by the waiting order.
         declined: Whether it is to be computed in full, after a load that failed.
         order: What the server's operator orders by it.
         answer: What the operator is told when it ends.
@@ -46,8 +62,8 @@ class RequestState:
     loading: bool = False
     stored: bool = False
     refreshed: int | None = None
-    share: float = 0.0
-    share_version: int = -1
+    hit: Hit = NO_HIT
+    hit_version: int = -1
     declined: bool = False
     order: Order | None = None
     answer: dict[str, Any] = field(default_factory=dict)

@@ -18,10 +18,10 @@ from vllm_plugins.kv_connectors.kvshare import metrics as m
 from vllm_plugins.kv_connectors.kvshare.chunking import ChunkSizes
 from vllm_plugins.kv_connectors.kvshare.domains import Domains
 from vllm_plugins.kv_connectors.kvshare.index import SegmentIndex, Stored
-from vllm_plugins.kv_connectors.kvshare.offers import Offers
+from vllm_plugins.kv_connectors.kvshare.offers import EngineShape, Offers
 from vllm_plugins.kv_connectors.kvshare.operator_desk import OperatorDesk, operator_orders
 from vllm_plugins.kv_connectors.kvshare.planner import Plan, Planner
-from vllm_plugins.kv_connectors.kvshare.request_state import RequestState, is_mixed
+from vllm_plugins.kv_connectors.kvshare.request_state import NO_HIT, Hit, RequestState, is_mixed
 from vllm_plugins.kv_connectors.kvshare.segments import as_tokens
 from vllm_plugins.kv_connectors.kvshare.tally import Tally
 from vllm_plugins.kv_connectors.kvshare.transfer import (
@@ -55,8 +55,7 @@ class SchedulerSide:
 
     Args:
         options: The plug-in's options.
-        block_size: Tokens of a KV block.
-        layers: Decoder layers of the model.
+        shape: What is to be known of the engine.
         capacity: Tokens that the workers' largest tier holds.
         metrics: Where to count.
         catalogue: The disk tier, from which the index is refilled; None without one.
@@ -65,8 +64,7 @@ class SchedulerSide:
     def __init__(
         self,
         options: KVShareOptions,
-        block_size: int,
-        layers: int,
+        shape: EngineShape,
         capacity: int,
         metrics: Metrics,
         catalogue: Catalogue | None = None,
@@ -85,7 +83,7 @@ class SchedulerSide:
             public,
             exact_only=options.mode == "exact_only",
         )
-        self._offers = Offers(options, self._planner, self.index, block_size, layers)
+        self._offers = Offers(options, self._planner, self.index, shape)
         self._desk = OperatorDesk(operator_orders(options), self.index, public)
         self._metrics, self._tally = metrics, Tally(metrics)
         # Looks in one step; they take half of the workers' slice, so that blending goes on.
@@ -128,23 +126,23 @@ class SchedulerSide:
         assert state.planned is not None
         return state.planned.end - computed
 
-    def stored_shares(self, requests: Sequence[Request], most: int) -> list[float]:
-        """Return the share of each waiting request's prompt that is stored, in [0, 1].
+    def hits(self, requests: Sequence[Request], most: int) -> list[Hit]:
+        """Return what each waiting request would find in the store.
 
         Args:
             requests: Waiting requests.
             most: Prompt tokens to look up anew, whose last look-up is oldest; the last prompt may
-                exceed it. The share of the others is as of their last look-up, and 0 before it.
+                exceed it. The others' hits are as of their last look-up, and none before it.
         """
         states = [self._states.get(request.request_id) for request in requests]
-        versions = [-1 if state is None else state.share_version for state in states]
+        versions = [-1 if state is None else state.hit_version for state in states]
         left = most
         for index in sorted(range(len(requests)), key=versions.__getitem__):
             if left <= 0 or versions[index] == self.index.version:
                 break
             state = states[index] = self._state(requests[index])
-            left -= self._offers.measure_share(state)
-        return [0.0 if state is None else state.share for state in states]
+            left -= self._offers.measure(state)
+        return [NO_HIT if state is None else state.hit for state in states]
 
     def domain(self, request: Request) -> bytes | None:
         """Return the digest of a request's tenant domain; None where it shares with nobody."""

@@ -11,10 +11,11 @@ from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 
 from vllm_plugins.engine.kv_pages import KVPages
-from vllm_plugins.engine.partial_forward import PartialForward, slot_mapping
+from vllm_plugins.engine.partial_forward import slot_mapping
 from vllm_plugins.engine.worker_host import WorkerListener
 from vllm_plugins.errors import PluginError
 from vllm_plugins.kv_connectors.kvshare.blend import Blend, Kitchen, Recipe
+from vllm_plugins.kv_connectors.kvshare.check_pass import CheckForward
 from vllm_plugins.kv_connectors.kvshare.deviation import Budget
 from vllm_plugins.kv_connectors.kvshare.device_tier import GIB, ArenaSize, DeviceTier
 from vllm_plugins.kv_connectors.kvshare.disk import DiskTier, private_folder, rank_folder
@@ -68,13 +69,16 @@ class WorkerSide:
                 cannot be served.
         """
         options = self._options
-        forward = PartialForward(runner, self._slice)
+        forward = CheckForward(runner, self._slice)
         names = [forward.attention_name(layer) for layer in range(forward.num_layers)]
         pages = KVPages(runner, names)
         budget = Budget(
             options.recompute_min, options.recompute_max, options.skip_eps, options.theta
         )
-        recipe = Recipe(options.check_layer, options.selector, budget, options.link_tokens)
+        max_runs = runner.config.scheduler_config.max_num_seqs
+        recipe = Recipe(
+            options.check_layer, options.selector, budget, options.link_tokens, max_runs
+        )
         shift = PositionShift(forward.rotary_embedding())
         payloads = self._payloads(pages, device_tier)
         self._kitchen = Kitchen(pages, forward, payloads, shift, recipe)

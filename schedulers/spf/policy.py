@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from vllm_plugins.engine.policy import SchedulerPolicy, Step
-from vllm_plugins.engine.waiting_queue import KeyedRequestQueue
+from vllm_plugins.engine.policy import SchedulerPolicy, Step, WaitingKey
 from vllm_plugins.metrics import MetricSpec
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.request_queue import RequestQueue
     from vllm.v1.request import Request
 
 BYPASSES = MetricSpec(
@@ -41,12 +39,11 @@ class SpfPolicy(SchedulerPolicy):
         self._waiting: dict[str, float] = {}
         self._arrived: dict[str, float] = {}
 
-    def waiting_queue(self) -> RequestQueue:
-        """Return the queue that orders by score."""
-        return KeyedRequestQueue(self._key)
+    def waiting_key(self) -> WaitingKey:
+        """Return the order by score."""
+        return self._key
 
-    def _key(self, request: Request) -> float:
-        remaining = request.num_tokens - request.num_computed_tokens
+    def _key(self, request: Request, remaining: float) -> float:
         return remaining + self._gamma * self._arrived[request.request_id]
 
     def added(self, request: Request, arrived: float) -> None:

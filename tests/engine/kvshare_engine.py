@@ -9,7 +9,7 @@ import vllm_plugins
 from tests.models import make_engine, scheduler_of, tiny_llama
 
 BLOCK = 32
-ENGINE = {"block_size": BLOCK, "max_num_batched_tokens": 256, "max_num_seqs": 8}
+ENGINE = {"block_size": BLOCK, "max_num_batched_tokens": 256, "max_num_seqs": 64}
 NEUTRAL = "kvshare:recompute_min=1,recompute_max=1,fix_tokens_per_step=100"
 
 

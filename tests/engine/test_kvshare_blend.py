@@ -53,8 +53,8 @@ def test_the_exact_head_of_a_blended_prompt_stays_shared(blend):
 
 
 def test_only_the_budget_is_recomputed(blend, monkeypatch):
-    # What stands alone between two recomputed tokens comes on top.
-    monkeypatch.setattr(blending, "without_single_holes", lambda wanted: wanted)
+    # What stands between two recomputed tokens and saves a pass comes on top.
+    monkeypatch.setattr(blending, "bridged", lambda wanted, max_runs: wanted)
     blend.forget()
     blend.greedy([prompt(0, 1, 2)])
     counts = []

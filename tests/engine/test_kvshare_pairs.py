@@ -26,6 +26,8 @@ BESIDE = {
     "spf": (NEUTRAL, "spf:gamma=0"),
     "sarathi+spf": (NEUTRAL, SARATHI, "spf:gamma=0"),
     "hit-rate+sarathi": (f"{NEUTRAL},order=hit_rate", SARATHI),
+    "hit-rate+spf": (f"{NEUTRAL},order=hit_rate", "spf:gamma=0"),
+    "hit-rate+sarathi+spf": (f"{NEUTRAL},order=hit_rate", SARATHI, "spf:gamma=0"),
 }
 
 
@@ -84,3 +86,30 @@ def test_reuse_beside_policies_gives_stocks_answers(engine, steps, stock, specs)
         # Those after it start when what they reuse is put together.
         assert admitted[0] == min(map(len, PROMPTS)) < len(PROMPTS[0])
     engine.assert_idle()
+
+
+@pytest.mark.parametrize("hit_rate", [False, True])
+def test_beside_spf_reuse_makes_a_long_prompt_a_short_one(stock, hit_rate):
+    """What is exact leaves nothing to compute: the longest prompt is then the shortest."""
+    order = "hit_rate" if hit_rate else "arrival"
+    spec = f"kvshare:mode=exact_only,order={order}"
+    arguments = vllm_plugins.engine_args(spec, "spf:gamma=0")
+    small = ENGINE | {"max_num_seqs": 1}
+    with make_engine(tiny_llama(layers=4), **small, **arguments) as llm:
+        engine = Served(llm)
+        known = prompt(0, 1, 2, 3)
+        engine.greedy([known])
+        # Only the store knows it from here on.
+        assert engine.llm.reset_prefix_cache()
+        asked, promise = [], engine.side.promise
+        engine.side.promise = lambda r, n: asked.append(r.num_tokens) or promise(r, n)
+        engine.add(list(range(200)))
+        engine.engine.step()
+        short, long = list(range(100, 250)), [*known, 5]
+        engine.add(short)
+        engine.add(long)
+        while engine.engine.has_unfinished_requests():
+            engine.engine.step()
+        order = list(dict.fromkeys(asked))[1:]
+        assert order == [len(text) for text in ((long, short) if hit_rate else (short, long))]
+        engine.assert_idle()

@@ -1,93 +1,69 @@
 """Many requests with preemption and aborts: no block, reference or memory is lost.
 
-    KVSHARE_SOAK_REQUESTS=2000 pytest tests/engine/test_kvshare_soak.py -s
+    KVSHARE_SOAK_REQUESTS=2000 KVSHARE_SOAK_OUT=FILE.json pytest tests/engine/test_kvshare_soak.py
 
-runs it for as long as one likes; by default it is short.
+runs it for as long as one likes, and writes what was found; by default it is short.
 """
 
+import json
 import os
-import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.engine.kvshare_engine import NEUTRAL, served, stock_answers
-from tests.models import make_engine, tiny_llama
+from tests.engine.kvshare_engine import NEUTRAL
+from tests.engine.kvshare_soak import ENVIRONMENT
+from vllm_plugins.bench.machine import describe_machine
 
 pytestmark = pytest.mark.engine
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 REQUESTS = int(os.environ.get("KVSHARE_SOAK_REQUESTS", "150"))
-# Room for about two prompts and their answers.
-SMALL = {"num_gpu_blocks_override": 30, "max_model_len": 800}
-KEPT = 6
+OUT = os.environ.get("KVSHARE_SOAK_OUT")
+SPECS = [NEUTRAL, "kvshare:decode_interval=4,fix_tokens_per_step=150"]
+# What is stored when a run is idle differs, and with it how many of these there are.
+STORED = {"Segment", "Anchors"}
+# Over the second half. Without the bound on oneDNN's cache it was 52 of 300 requests.
+MOST_GROWN_MIB = 2.0
 
 
-def texts(rng):
-    documents = [np.array([rng.randrange(500) for _ in range(120)]) for _ in range(8)]
-
-    def draw():
-        parts = rng.sample(documents, rng.randint(1, 4))
-        unique = [rng.randrange(500) for _ in range(rng.randint(3, 40))]
-        return [int(token) for part in parts for token in part] + unique
-
-    return draw
-
-
-def answers_of_stock(prompts, tokens):
-    from vllm import SamplingParams
-
-    with make_engine(tiny_llama(layers=4), block_size=32) as llm:
-        inputs = [{"prompt_token_ids": p} for p in prompts]
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-        outputs = [llm.generate([i], params, use_tqdm=False)[0] for i in inputs]
-    return [list(output.outputs[0].token_ids) for output in outputs]
+def keep(found):
+    """Add a result to the file that was asked for."""
+    if OUT is None:
+        return
+    path = Path(OUT)
+    results = json.loads(path.read_text())["runs"] if path.exists() else []
+    runs = [run for run in results if run["spec"] != found["spec"]] + [found]
+    command = f"KVSHARE_SOAK_REQUESTS={REQUESTS} pytest tests/engine/test_kvshare_soak.py"
+    whole = {"command": command, "machine": describe_machine(), "runs": runs}
+    path.write_text(json.dumps(whole, indent=1) + "\n")
 
 
-def resident_mib():
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-@pytest.mark.parametrize("spec", [NEUTRAL, "kvshare:decode_interval=4,fix_tokens_per_step=150"])
-def test_nothing_is_lost_in_a_long_run(spec):
-    stock_answers()
-    rng = random.Random(1)
-    draw = texts(rng)
-    prompts = [draw() for _ in range(REQUESTS)]
-    checked = range(0, REQUESTS, max(1, REQUESTS // 20)) if spec == NEUTRAL else []
-    expected = dict(zip(checked, answers_of_stock([prompts[i] for i in checked], 40), strict=True))
-    gib = 900 * 4 * 2 * 2 * 32 * 4 / 2**30
-    with served(f"{spec},host_gib={gib:.9f}", **SMALL) as engine:
-        alive, answers, preempted, aborted, memory = {}, {}, set(), 0, []
-        submitted = 0
-        while submitted < REQUESTS or engine.engine.has_unfinished_requests():
-            while submitted < REQUESTS and len(alive) < KEPT:
-                alive[engine.add(prompts[submitted], tokens=40).split("-")[0]] = submitted
-                submitted += 1
-            for output in engine.engine.step():
-                if output.finished:
-                    number = alive.pop(output.request_id.split("-")[0])
-                    answers[number] = list(output.outputs[0].token_ids)
-            running = engine.scheduler.requests
-            preempted |= {name for name, r in running.items() if r.num_preemptions}
-            if alive and rng.random() < 0.02:
-                name = rng.choice(list(alive))
-                if alive[name] not in expected:
-                    internal = next(k for k in running if k.split("-")[0] == name)
-                    engine.engine.abort_request([internal], internal=True)
-                    del alive[name]
-                    aborted += 1
-            if submitted % 50 == 0:
-                memory.append(resident_mib())
-        assert preempted and aborted
-        assert {i: answers[i] for i in expected} == expected
-        engine.assert_idle()
-        assert engine.side.index.used <= engine.side.index.capacity
-        # The first half sizes most buffers and caches. Stock vLLM was seen to grow by 43 MiB over
-        # the second half of 1,500 requests, the neutral setting by 34.
-        grown = memory[-1] - memory[len(memory) // 2]
-        print(
-            f"{REQUESTS} requests, {len(preempted)} preempted, {aborted} aborted, +{grown:.1f} MiB"
-        )
-        assert grown < 64
+@pytest.mark.parametrize("spec", SPECS)
+def test_nothing_is_lost_in_a_long_run(spec, tmp_path):
+    out = tmp_path / "soak.json"
+    command = [sys.executable, "-m", "tests.engine.kvshare_soak", spec, str(REQUESTS), str(out)]
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ran = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    found = json.loads(out.read_text())
+    requests, mib = np.array(found["memory"]).T
+    late = requests >= REQUESTS / 2
+    found["grown_mib"] = float(mib[late][-1] - mib[late][0])
+    slope = np.polyfit(requests[late], mib[late], 1)[0]
+    found["slope_mib_per_100_requests"] = float(100 * slope)
+    keep(found)
+    assert found["preempted"] and found["aborted"]
+    assert not found["wrong"]
+    half, end = found["idle"]
+    assert half["blocks_leaked"] == end["blocks_leaked"] == 0
+    assert half["references"] == end["references"] == 0
+    kinds = (half["objects"].keys() | end["objects"].keys()) - STORED
+    assert {k: end["objects"].get(k) for k in kinds} == {k: half["objects"].get(k) for k in kinds}
+    assert found["grown_mib"] < MOST_GROWN_MIB
+    assert slope * REQUESTS / 2 < MOST_GROWN_MIB

@@ -18,7 +18,7 @@ from vllm_plugins.kv_connectors.kvshare.plugin import (
     resolved,
 )
 from vllm_plugins.registry import enable
-from vllm_plugins.settings import KEY
+from vllm_plugins.settings import KEY, PluginSettings
 from vllm_plugins.spec import parse_specs
 
 DESCRIBE = "see `vllm-plugins describe kvshare`"
@@ -96,9 +96,20 @@ def test_options_travel_with_all_their_values_and_mean_the_same():
 
 
 def test_the_order_of_waiting_requests_has_one_owner():
-    said = refusal("spf", "kvshare:order=hit_rate")
-    assert said.startswith("--plugin kvshare: orders the waiting queue, and so does 'spf'; ")
-    enable(parse_specs(["spf", "kvshare"]))
+    slack = "sarathi:order=least_slack"
+    said = refusal(slack, "kvshare:order=hit_rate")
+    assert said.startswith("--plugin kvshare: orders the waiting queue, and so does 'sarathi'; ")
+    enable(parse_specs([slack, "kvshare"]))
+    enable(parse_specs(["sarathi", "kvshare:order=hit_rate"]))
+
+
+@pytest.mark.parametrize(
+    "order", [("spf", "kvshare:order=hit_rate"), ("kvshare:order=hit_rate", "spf")]
+)
+def test_the_order_by_prefill_is_refined_and_has_still_one_owner(order):
+    enable(parse_specs(order))
+    said = refusal("sarathi:order=least_slack", *order)
+    assert said.startswith("--plugin spf: orders the waiting queue, and so does 'sarathi'; ")
 
 
 # --- the stock arguments ---
@@ -193,6 +204,18 @@ def test_a_check_layer_that_leaves_nothing_above_is_refused(config):
     assert check(config, check_layer=layers - 1) == (
         f"--plugin kvshare: check_layer={layers - 1}: leaves no layer to save work in; the model "
         f"has {layers}; choose at most {layers - 2}"
+    )
+
+
+def test_a_weight_of_waiting_that_spf_overrules_is_refused(config):
+    beside = copy.copy(config)
+    specs = enable(parse_specs(["spf", "kvshare:order=hit_rate"]))
+    beside.additional_config = {KEY: PluginSettings.of(specs)}
+    assert check(beside, order="hit_rate") == check(beside, full_hit_ms=1.0) == ""
+    assert check(config, order="hit_rate", full_hit_ms=1.0) == ""
+    assert check(beside, order="hit_rate", full_hit_ms=1.0) == (
+        "--plugin kvshare with spf: its gamma, not full_hit_ms, says how waiting weighs; "
+        "drop full_hit_ms"
     )
 
 

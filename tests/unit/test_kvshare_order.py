@@ -17,14 +17,19 @@ from vllm_plugins.kv_connectors.kvshare.hit_rate_order import (
     Waiting,
     hit_rate_order,
 )
+from vllm_plugins.kv_connectors.kvshare.request_state import Hit
+from vllm_plugins.schedulers.spf.policy import SpfPolicy
+
+FULL_HIT = 5.0
 
 
-def order(*waiting, now=100.0, full=5.0, most=8):
-    return hit_rate_order(waiting, now, full, most)
+def order(*waiting, most=8):
+    return hit_rate_order(waiting, most)
 
 
-def waiting(arrived=100.0, hit=0.0, bypassed=0, started=False, domain=None, place=None):
-    return Waiting(arrived, arrived if place is None else place, hit, bypassed, started, domain)
+def waiting(arrived=100.0, hit=0.0, bypassed=0, started=False):
+    blind = arrived / FULL_HIT
+    return Waiting(arrived, blind, blind - hit, bypassed, started)
 
 
 def test_who_has_most_stored_goes_first_and_equals_keep_their_order():
@@ -55,7 +60,7 @@ WAITING = st.builds(
     Waiting,
     st.floats(0, 100),
     st.floats(0, 100),
-    st.floats(0, 1),
+    st.floats(-100, 100),
     st.integers(0, 12),
     st.booleans(),
     st.sampled_from([None, b"one", b"two"]),
@@ -63,12 +68,12 @@ WAITING = st.builds(
 
 
 @given(st.lists(WAITING, max_size=12), st.lists(st.floats(0, 1), min_size=12, max_size=12))
-def test_what_one_domain_has_stored_does_not_move_anothers_requests(requests, hits):
+def test_what_one_domain_has_stored_does_not_move_anothers_requests(requests, scores):
     changed = [
-        replace(request, hit=hit) if request.domain == b"one" else request
-        for request, hit in zip(requests, hits, strict=False)
+        replace(request, score=score) if request.domain == b"one" else request
+        for request, score in zip(requests, scores, strict=False)
     ]
-    before, after = (hit_rate_order(some, 100.0, 5.0, 8) for some in (requests, changed))
+    before, after = (hit_rate_order(some, 8) for some in (requests, changed))
     for place, index in enumerate(before):
         if requests[index].domain != b"one":
             assert after[place] == index
@@ -76,7 +81,7 @@ def test_what_one_domain_has_stored_does_not_move_anothers_requests(requests, hi
 
 @given(st.lists(WAITING, max_size=20))
 def test_nobody_is_left_out(requests):
-    assert sorted(hit_rate_order(requests, 100.0, 5.0, 8)) == list(range(len(requests)))
+    assert sorted(hit_rate_order(requests, 8)) == list(range(len(requests)))
 
 
 @dataclass(eq=False)
@@ -84,37 +89,48 @@ class Request:
     request_id: str
     domain: bytes | None
     hit: float
+    num_tokens: int = 100
     num_output_tokens: int = 0
+    num_computed_tokens: int = 0
 
 
 class Queue:
     """The policy over vLLM's own waiting queue, and admissions from its head.
 
     Args:
-        requests: Domain and stored share of each, in order of arrival, one a second.
+        requests: Domain, stored share and perhaps tokens of each, in order of arrival, one a
+            second.
         max_bypass: See the policy.
+        gamma: Of spf, where that orders the queue; None where it does not.
     """
 
-    def __init__(self, requests, max_bypass=8):
+    def __init__(self, requests, max_bypass=8, gamma=None):
         self.bypasses, self.now = 0, 0.0
+        self.spf = None if gamma is None else SpfPolicy(gamma)
         self.policy = HitRatePolicy(1e6, max_bypass)
-        side = SimpleNamespace(
-            domain=lambda request: request.domain,
-            stored_shares=lambda requests, most: [request.hit for request in requests],
+        side = SimpleNamespace(domain=lambda request: request.domain, hits=self.hits)
+        key = None if self.spf is None else self.spf.waiting_key()
+        facts = SchedulerFacts(
+            1000, 1, 1, lambda: self.now, SimpleNamespace(scheduler=side), waiting_key=key
         )
-        facts = SchedulerFacts(1000, 1, 1, lambda: self.now, SimpleNamespace(scheduler=side))
         self.policy.bind(facts, SimpleNamespace(inc=self.count))
         self.waiting = FCFSRequestQueue()
-        for number, (domain, hit) in enumerate(requests):
-            self.arrive(str(number), domain, hit)
+        for number, request in enumerate(requests):
+            self.arrive(str(number), *request)
+
+    def hits(self, requests, most):
+        return [Hit(r.hit, r.hit * r.num_tokens) for r in requests]
 
     def count(self, name):
         self.bypasses += 1
 
-    def arrive(self, name, domain, hit):
+    def arrive(self, name, domain, hit, tokens=100):
         self.now += 1.0
-        request = Request(name, domain, hit)
-        self.policy.added(request, self.now)
+        request = Request(name, domain, hit, tokens)
+        # As the scheduler does, whichever of the two was named first.
+        for policy in (self.policy, self.spf):
+            if policy is not None:
+                policy.added(request, self.now)
         self.waiting.add_request(request)
 
     def step(self, admitted):
@@ -134,28 +150,33 @@ class Queue:
 
 
 HITS = st.lists(
-    st.tuples(st.sampled_from([b"one", b"two"]), st.sampled_from([0.0, 0.5, 1.0])),
+    st.tuples(
+        st.sampled_from([b"one", b"two"]),
+        st.sampled_from([0.0, 0.5, 1.0]),
+        st.sampled_from([30, 100, 1000]),
+    ),
     min_size=2,
     max_size=10,
 )
+GAMMA = st.sampled_from([None, 0.0, 15.0, 1e4])
 
 
-@given(HITS, st.lists(st.integers(0, 3), max_size=6), st.integers(0, 3))
+@given(HITS, st.lists(st.integers(0, 3), max_size=6), st.integers(0, 3), GAMMA)
 # A hit of the first domain goes first, and the second domain's request is overtaken.
-@example([(b"one", 0.0), (b"two", 0.0), (b"two", 1.0), (b"one", 1.0)], [1], 1)
-def test_what_one_domain_has_stored_moves_no_other_in_any_step(requests, steps, max_bypass):
+@example([(b"one", 0.0), (b"two", 0.0), (b"two", 1.0), (b"one", 1.0)], [1], 1, None)
+def test_what_one_domain_has_stored_moves_no_other_in_any_step(requests, steps, max_bypass, gamma):
     def others(found):
         names = [[n for n in step if requests[int(n)][0] == b"two"] for step in found]
         return names, [len(step) for step in found]
 
-    empty = [(domain, 0.0 if domain == b"one" else hit) for domain, hit in requests]
-    runs = [Queue(some, max_bypass).run(steps) for some in (requests, empty)]
+    empty = [(domain, 0.0 if domain == b"one" else hit, *n) for domain, hit, *n in requests]
+    runs = [Queue(some, max_bypass, gamma).run(steps) for some in (requests, empty)]
     assert others(runs[0]) == others(runs[1])
 
 
-@given(HITS, st.lists(st.integers(0, 3), max_size=6), st.integers(0, 3))
-def test_no_request_is_overtaken_more_often_than_allowed(requests, steps, max_bypass):
-    queue = Queue(requests, max_bypass)
+@given(HITS, st.lists(st.integers(0, 3), max_size=6), st.integers(0, 3), GAMMA)
+def test_no_request_is_overtaken_more_often_than_allowed(requests, steps, max_bypass, gamma):
+    queue = Queue(requests, max_bypass, gamma)
     admitted = [(step, int(n)) for step, names in enumerate(queue.run(steps)) for n in names]
 
     def overtaken(place):
@@ -183,3 +204,28 @@ def test_who_is_being_loaded_is_not_overtaken():
     queue = Queue([(None, 1.0), (None, 0.0), (None, 0.0)])
     assert queue.run([]) == [["0"], ["1"], ["2"]]
     assert queue.bypasses == 0
+
+
+@given(HITS, st.lists(st.integers(0, 3), max_size=6), st.floats(0, 100))
+def test_beside_spf_a_domain_with_nothing_stored_is_in_spfs_order(requests, steps, gamma):
+    empty = [(domain, 0.0, tokens) for domain, _, tokens in requests]
+    found = [int(name) for names in Queue(empty, 99, gamma).run(steps) for name in names]
+    # They arrived one a second, and all were there before the first step.
+    spf = sorted(range(len(empty)), key=lambda i: empty[i][2] + gamma * (i + 1.0))
+    assert found == spf
+
+
+def test_beside_spf_what_is_left_after_reuse_orders():
+    queue = Queue([(None, 0.0, 300), (None, 0.9, 1000), (None, 0.5, 500)], gamma=0.0)
+    assert queue.run([]) == [["1"], ["2"], ["0"]]
+
+
+@pytest.mark.parametrize(("gamma", "max_bypass", "at_most"), [(0.0, 8, 8), (50.0, 99, 17)])
+def test_beside_spf_a_stream_of_hits_lets_who_has_none_through(gamma, max_bypass, at_most):
+    """With either limit alone: the bound on overtaking, and spf's ageing."""
+    queue = Queue([(None, 0.0, 1000)], max_bypass, gamma)
+    for number in range(1, 40):
+        queue.arrive(str(number), None, 0.9, 1000)
+        if queue.step(1) == ["0"]:
+            break
+    assert number == at_most + 1

@@ -16,7 +16,9 @@ from vllm.v1.request import Request, RequestStatus
 
 from tests.unit.kvshare_texts import random_text
 from vllm_plugins.kv_connectors.kvshare import tally
+from vllm_plugins.kv_connectors.kvshare.offers import LEAST_SAVING, EngineShape
 from vllm_plugins.kv_connectors.kvshare.plugin import KVShareOptions
+from vllm_plugins.kv_connectors.kvshare.request_state import NO_HIT
 from vllm_plugins.kv_connectors.kvshare.scheduler_side import SchedulerSide
 from vllm_plugins.kv_connectors.kvshare.tally import WARM_UP
 from vllm_plugins.kv_connectors.kvshare.transfer import Results
@@ -41,10 +43,11 @@ class Counts(Counter):
 class Server:
     """The scheduler's part, and what vLLM's scheduler and the workers would say to it."""
 
-    def __init__(self, **options):
+    def __init__(self, max_runs=64, **options):
         self.counts = Counts()
         chosen = KVShareOptions(**{"fix_tokens_per_step": 256} | options)
-        self.side = SchedulerSide(chosen, BLOCK, LAYERS, 10**6, self.counts)
+        shape = EngineShape(BLOCK, LAYERS, max_runs)
+        self.side = SchedulerSide(chosen, shape, 10**6, self.counts)
         pool = SimpleNamespace(hash_block_size=BLOCK)
         self.side.bind(SimpleNamespace(get_block_ids=lambda name: ([3, 4, 5],), block_pool=pool))
         self.rng = np.random.default_rng(0)
@@ -156,7 +159,37 @@ def test_a_prompt_that_is_not_all_text_is_left_alone(server, kind):
     assert server.serve(mixed()) == 0
     assert server.side.index.used == used
     assert server.counts.refusals() == {"media": 2, "unknown": 1}
-    assert server.side.stored_shares([mixed()], 1000) == [0.0]
+    assert server.side.hits([mixed()], 1000) == [NO_HIT]
+
+
+@pytest.mark.parametrize(("max_runs", "pays"), [(256, True), (4, False)])
+def test_scattered_rows_that_take_many_passes_do_not_pay(max_runs, pays):
+    server = Server(max_runs)
+    document = server.text(600)
+    server.serve(server.request(document))
+    # A third of it is stored: 0.27 of the work is saved, and 30 rows in 8 passes cost as much.
+    prompt = [*server.text(600), *document, *server.text(600)]
+    promised = server.serve(server.request(prompt))
+    assert (promised > 0) == pays
+    assert server.counts.refusals() == {"unknown": 1} | ({} if pays else {"not_worth": 1})
+
+
+@pytest.mark.parametrize("max_runs", [1, 4, 256])
+def test_a_hit_saves_what_its_offer_saves(max_runs):
+    server = Server(max_runs)
+    document = server.text(600)
+    server.serve(server.request(document))
+    waiting = [server.request([*server.text(n), *document]) for n in (0, 40, 300, 1500, 9000)]
+    hits = server.side.hits(waiting, 10**6)
+    for request, hit in zip(waiting, hits, strict=True):
+        assert hit.share == pytest.approx(600 / request.num_tokens)
+        promised = server.side.promise(request, 0)
+        if promised:
+            assert LEAST_SAVING * (promised - BLOCK) < hit.saved <= promised + BLOCK
+        else:
+            assert hit.saved == 0
+    assert hits[0].saved > 500
+    assert hits[-1].saved == 0
 
 
 def test_a_request_is_counted_once_however_often_it_is_asked_about(server):
@@ -290,12 +323,16 @@ def test_look_ups_of_a_step_are_bounded_by_tokens(server, monkeypatch):
 
     monkeypatch.setattr(server.side._planner, "plan", counted)
     waiting = [server.request([*document, number]) for number in range(5)]
-    assert server.side.stored_shares(waiting, 800) == pytest.approx([1, 1, 0, 0, 0], abs=0.01)
-    server.side.stored_shares(waiting, 800)
-    assert server.side.stored_shares(waiting, 800) == pytest.approx([1] * 5, abs=0.01)
+
+    def shares():
+        return [hit.share for hit in server.side.hits(waiting, 800)]
+
+    assert shares() == pytest.approx([1, 1, 0, 0, 0], abs=0.01)
+    shares()
+    assert shares() == pytest.approx([1] * 5, abs=0.01)
     assert len(looked) == 5
     # The store changes: who was looked up longest ago is looked up again first.
     server.side.index.remove(next(iter(server.side.index)))
     looked.clear()
-    server.side.stored_shares(waiting, 1)
+    server.side.hits(waiting, 1)
     assert len(looked) == 1

@@ -10,10 +10,11 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from tests.unit.kvshare_kv import FakePages, some_save
 from vllm_plugins.kv_connectors.kvshare import worker_side
-from vllm_plugins.kv_connectors.kvshare.blend import LOAD_COST, PASS_COST, Blend, Kitchen
+from vllm_plugins.kv_connectors.kvshare.blend import Blend, Kitchen
 from vllm_plugins.kv_connectors.kvshare.payloads import Payloads, State
 from vllm_plugins.kv_connectors.kvshare.refresh import Stale
 from vllm_plugins.kv_connectors.kvshare.transfer import Orders, Refresh, Reuse, Source
+from vllm_plugins.kv_connectors.kvshare.work import LOAD_COST, PASS_COST
 
 
 class StubBlend:

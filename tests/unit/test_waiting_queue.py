@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from vllm_plugins.engine.policy import prefill_left
 from vllm_plugins.engine.waiting_queue import KeyedRequestQueue
 from vllm_plugins.schedulers.spf.policy import SpfPolicy
 
@@ -30,7 +31,9 @@ def by_tokens(*tokens):
 def test_spf_equals_sorting_again_at_every_tick(gamma):
     source = random.Random(7)
     policy = SpfPolicy(gamma)
-    queue, waiting, arrived = policy.waiting_queue(), [], {}
+    key = policy.waiting_key()
+    queue = KeyedRequestQueue(lambda request: key(request, prefill_left(request)))
+    waiting, arrived = [], {}
     for tick in range(10_000):
         # Sixty-fourths of a second and whole tokens keep both sums exact.
         now = tick / 64

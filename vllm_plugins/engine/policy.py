@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vllm_plugins.metrics import MetricSpec
 
@@ -27,6 +27,15 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_plugins.metrics import Metrics
+
+
+# Order of a waiting request, smallest first, given the tokens that are to be computed of it.
+WaitingKey: TypeAlias = "Callable[[Request, float], float]"
+
+
+def prefill_left(request: Request) -> int:
+    """Return the tokens of a request that are not computed yet."""
+    return request.num_tokens - request.num_computed_tokens
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class SchedulerFacts:
         clock: Monotonic time in seconds; virtual in a simulation.
         kv_connector: The scheduler's part of the KV connector, if there is one.
         kv_cache_manager: vLLM's own, which knows the blocks of every request.
+        waiting_key: The order of waiting requests by one of the policies; None where none has any.
     """
 
     max_tokens: int
@@ -48,6 +58,7 @@ class SchedulerFacts:
     clock: Callable[[], float]
     kv_connector: Any = None
     kv_cache_manager: Any = None
+    waiting_key: WaitingKey | None = None
 
 
 class StepPlan:
@@ -160,14 +171,20 @@ class SchedulerPolicy:
     metrics: tuple[MetricSpec, ...] = ()
     whole_media: bool = False
     """Whether a step with some of a media item's tokens has to have all that are left of it."""
+    arranges_waiting: bool = False
+    """Whether it keeps the waiting queue in order itself, by another policy's key if it has one."""
 
     def bind(self, facts: SchedulerFacts, metrics: Metrics) -> None:
         """Receive the engine's constants and the metrics writer, once, before the first step."""
         self.facts = facts
         self.metric = metrics
 
-    def waiting_queue(self) -> RequestQueue | None:
-        """Return the queue that orders waiting requests, or None to leave the order alone."""
+    def waiting_key(self) -> WaitingKey | None:
+        """Return the key that orders waiting requests, or None to leave the order alone.
+
+        It is asked once in each request's wait, with `prefill_left`, or by a policy that knows
+        better what is left.
+        """
         return None
 
     def added(self, request: Request, arrived: float) -> None:

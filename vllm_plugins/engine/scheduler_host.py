@@ -12,13 +12,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from vllm_plugins.engine.policy import SchedulerFacts, SchedulerPolicy, Step, StepPlan
+from vllm_plugins.engine.policy import (
+    SchedulerFacts,
+    SchedulerPolicy,
+    Step,
+    StepPlan,
+    WaitingKey,
+    prefill_left,
+)
+from vllm_plugins.engine.waiting_queue import KeyedRequestQueue
 from vllm_plugins.metrics import ACTIVE, Metrics, engine_labels
 from vllm_plugins.plugin import SchedulerPlugin
 from vllm_plugins.settings import enabled_plugins, requested
@@ -69,20 +78,21 @@ class _PolicyHost(Scheduler):
         }
         specs = [spec for policy in policies.values() for spec in policy.metrics]
         metrics = Metrics([ACTIVE, *specs], engine_labels(self.vllm_config))
-        facts = self._plugin_facts()
+        keys = [key for policy in policies.values() if (key := policy.waiting_key()) is not None]
+        # The registry has let at most one plug-in through that has one.
+        key = keys[0] if keys else None
+        facts = self._plugin_facts(key)
         for name, policy in policies.items():
             policy.bind(facts, metrics)
             metrics.set(ACTIVE.name, 1, name)
-            # The registry has let at most one plug-in through that orders the queue.
-            queue = policy.waiting_queue()
-            if queue is not None:
-                self.waiting = queue
+        if key is not None and not any(p.arranges_waiting for p in policies.values()):
+            self.waiting = KeyedRequestQueue(partial(_key_of, key))
         host = type(self).__name__
         for spec in requested(self.vllm_config.additional_config):
             logger.info("vllm-plugins: %s is on (%s): %s", spec.name, host, spec.options)
         return list(policies.values())
 
-    def _plugin_facts(self) -> SchedulerFacts:
+    def _plugin_facts(self, waiting_key: WaitingKey | None) -> SchedulerFacts:
         return SchedulerFacts(
             max_tokens=self.max_num_scheduled_tokens,
             decode_rows=1 + self.num_spec_tokens,
@@ -90,6 +100,7 @@ class _PolicyHost(Scheduler):
             clock=lambda: self.plugin_clock(),
             kv_connector=self.connector,
             kv_cache_manager=self.kv_cache_manager,
+            waiting_key=waiting_key,
         )
 
     def add_request(self, request: Request) -> None:
@@ -229,6 +240,11 @@ class SchedulerHost(_PolicyHost, Scheduler):
 
 class AsyncSchedulerHost(_PolicyHost, AsyncScheduler):
     """Host on the asynchronous scheduler, vLLM's default on CUDA."""
+
+
+def _key_of(key: WaitingKey, request: Request) -> float:
+    """Return a request's place in the order as far as its own tokens tell."""
+    return key(request, prefill_left(request))
 
 
 def _put_back(after: list[Request], before: list[Request], hidden: set[Request]) -> list[Request]:
