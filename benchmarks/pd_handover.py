@@ -1,6 +1,6 @@
 """What handing a prompt's KV over costs, on one machine.
 
-    python benchmarks/pd_handover.py MODEL [--ways shm tcp stream nixl] [--out FILE.json]
+    python benchmarks/pd_handover.py MODEL [--ways shm tcp stream example nixl] [--out FILE.json]
 
 A prefill and a decode instance of the same model run side by side, each on a core of its own. For
 every length, way and round, in random order and with fresh prompts, one token is asked for
@@ -14,8 +14,10 @@ every length, way and round, in random order and with fresh prompts, one token i
 `decode` is what the hand-over adds to the first token, the computation of one token included; its
 slope over lengths is what 1000 tokens add. `stream` asks both instances at once, so that layers
 leave while the prompt is computed; its `decode` is the whole time. `nixl` is vLLM's NixlConnector
-with the same requests, if its package is installed. MB/s are bytes over the pull's own time in the
-decode instance's worker.
+with the same requests, if its package is installed. `example` is vLLM's ExampleConnector, which
+writes and reads a file per layer in a folder; it keeps only prompts that ran whole, so that its
+instances have a budget of the longest one for a step, and each of them saves what it computes. MB/s
+are bytes over the pull's own time in the decode instance's worker.
 """
 
 from __future__ import annotations
@@ -73,8 +75,23 @@ class Way:
     streams: bool = False
 
     @classmethod
-    def named(cls, name: str) -> Way:
-        """Return the way of a name."""
+    def named(cls, name: str, folder: Path, longest: int) -> Way:
+        """Return the way of a name.
+
+        Args:
+            name: One of those of ``--ways``.
+            folder: For what goes through files.
+            longest: Tokens of the longest prompt.
+        """
+        if name == "example":
+            storage = {"shared_storage_path": str(folder)}
+            config = {"kv_connector": "ExampleConnector", "kv_role": "kv_both",
+                      "kv_connector_extra_config": storage}  # fmt: skip
+            words: tuple[str, ...] = (
+                "--kv-transfer-config", json.dumps(config),
+                "--max-num-batched-tokens", str(longest),
+            )  # fmt: skip
+            return cls(words, words)
         if name == "nixl":
             config = {"kv_connector": "NixlConnector", "kv_role": "kv_both",
                       "kv_buffer_device": "cpu"}  # fmt: skip
@@ -116,8 +133,8 @@ class Pair:
         if self.way.streams and self.peers:
             return self._stream(prompt, wanted)
         prefill_s, answer = self.ask(self.prefill, prompt, wanted)
-        params = answer["kv_transfer_params"]
-        self.peers = params.get(KEY, {}).get("peers")
+        params = answer.get("kv_transfer_params")
+        self.peers = (params or {}).get(KEY, {}).get("peers")
         before = self.pulled()
         decode_s, answer = self.ask(self.decode, prompt, params)
         pulled, seconds = (a - b for a, b in zip(self.pulled(), before, strict=True))
@@ -156,10 +173,10 @@ class Pair:
 
 
 @contextmanager
-def pair(model: Path, name: str, arguments: Sequence[str]) -> Iterator[Pair]:
+def pair(model: Path, name: str, arguments: Sequence[str], longest: int) -> Iterator[Pair]:
     """Run a prefill and a decode instance."""
-    way = Way.named(name)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        way = Way.named(name, Path(folder) / "kv", longest)
         sides = []
         for side, words in (("prefill", way.prefill), ("decode", way.decode)):
             # Both would listen on the same port.
@@ -174,7 +191,7 @@ def main() -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("--ways", nargs="+", default=["shm", "tcp", "stream", "nixl"])
+    parser.add_argument("--ways", nargs="+", default=["shm", "tcp", "stream", "example", "nixl"])
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
@@ -188,7 +205,7 @@ def main() -> int:
         if name == "nixl" and importlib.util.find_spec("nixl") is None:
             results[name] = "the nixl package is not installed"
             continue
-        with pair(args.model, name, arguments) as instances:
+        with pair(args.model, name, arguments, max(args.lengths)) as instances:
             for length in args.lengths:
                 instances.sample(length, draw)
             order = [length for length in args.lengths for _ in range(args.rounds)]

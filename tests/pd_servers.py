@@ -159,7 +159,12 @@ def nothing_more(server: Served, seconds: float = 15) -> Iterator[None]:
 
     before = held()
     yield
-    until(lambda: all(now <= then for now, then in zip(held(), before, strict=True)), seconds)
+    deadline = time.monotonic() + seconds
+    left = held()
+    while any(now > then for now, then in zip(left, before, strict=True)):
+        assert time.monotonic() < deadline, f"{before} before, {left} now"
+        time.sleep(0.1)
+        left = held()
 
 
 def through(params: dict[str, Any], address: Address) -> dict[str, Any]:
@@ -188,3 +193,10 @@ def router(log: Path, *arguments: str) -> Iterator[str]:
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
         yield url
+
+
+def router_process(url: str) -> psutil.Process:
+    """Return the process of a router that this process runs."""
+    port = url.rsplit(":", 1)[1]
+    (found,) = (one for one in psutil.Process().children() if port in one.cmdline())
+    return found

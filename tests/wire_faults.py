@@ -59,24 +59,31 @@ class FaultyProxy:
     Args:
         target: Where to connect to; by TCP, whatever else it offers.
         fault: The first connections' fault.
+        listen: Host and port to listen on; by default any port of loopback.
 
     Attributes:
+        target: Where it connects to.
         address: Where it listens; TCP only.
         fault: What happens to the connections that are accepted from now on.
         carried: Bytes passed on since the start, over all connections, by direction.
         accepted: Connections accepted since the start.
     """
 
-    def __init__(self, target: Address, fault: Fault = NO_FAULT) -> None:
-        self._target = (target.host, target.port)
+    def __init__(
+        self,
+        target: Address,
+        fault: Fault = NO_FAULT,
+        listen: tuple[str, int] = ("127.0.0.1", 0),
+    ) -> None:
+        self.target = target
         self.fault = fault
         self.carried = {UP: 0, DOWN: 0}
         self.accepted = 0
         self._ending = threading.Event()
         self._lock = threading.Lock()
         self._links: list[_Link] = []
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.address = Address("127.0.0.1", self._listener.getsockname()[1])
+        self._listener = socket.create_server(listen, backlog=128)
+        self.address = Address(*self._listener.getsockname())
         self._acceptor = threading.Thread(target=self._accept_all, daemon=True)
 
     def __enter__(self) -> Self:
@@ -119,7 +126,7 @@ class FaultyProxy:
                 _reset(client)
                 continue
             try:
-                server = socket.create_connection(self._target)
+                server = socket.create_connection((self.target.host, self.target.port))
             except OSError:
                 _reset(client)
                 continue

@@ -45,6 +45,8 @@ CLOSE_TIMEOUT_S = 5.0
 TRIES = 2
 # Open connections of one thread; encode servers that were restarted would pile up.
 MOST_PEERS = 16
+# Without a job for so long, a thread closes its connections: a dead server's would stay.
+IDLE_S = 10.0
 # Outcome of a fetch that is to be tried again.
 _NOT_YET = "not yet"
 
@@ -132,13 +134,20 @@ class Fetcher:
 
     def _work(self) -> None:
         peers = _Peers(self._secret, self._limits)
-        while (job := self._jobs.get()) is not None:
+        while (job := self._next(peers)) is not None:
             try:
                 job(peers)
             except Exception:
                 # The thread serves other requests too.
                 logger.exception("vllm-plugins: epd: what follows a fetch failed")
         peers.close()
+
+    def _next(self, peers: _Peers) -> Callable[[_Peers], None] | None:
+        try:
+            return self._jobs.get(timeout=IDLE_S)
+        except queue.Empty:
+            peers.close()
+            return self._jobs.get()
 
     def _outcome(self, peers: _Peers, entry: Entry, source: Source, deadline: float) -> str:
         try:
@@ -249,6 +258,7 @@ class _Peers:
     def close(self) -> None:
         for connection in self._open.values():
             connection.close()
+        self._open.clear()
 
 
 def _destination(piece: memoryview, shape: Shape) -> Callable[[int, dict[str, Any]], memoryview]:

@@ -44,6 +44,7 @@ class PeerConnections:
         self._word_timeout_s = min(timeout_s, WORD_TIMEOUT_S)
         self._idle: dict[Peer, list[tuple[float, Connection]]] = {}
         self._closed = False
+        self._sweeper: threading.Timer | None = None
         self._lock = threading.Lock()
         # Each peer is told by one thread at a time, and never holds up another's word.
         self._renewing: set[Peer] = set()
@@ -68,6 +69,7 @@ class PeerConnections:
                 connection.close()
             else:
                 self._idle.setdefault(peer, []).append((time.monotonic(), connection))
+                self._sweep_later()
 
     def connect(self, peer: Peer) -> Connection:
         """Return a connection of the caller's own.
@@ -128,11 +130,12 @@ class PeerConnections:
         with self._lock:
             self._closed = True
             self._close_idle(0.0)
+            if self._sweeper is not None:
+                self._sweeper.cancel()
         self._words.shutdown(wait=False)
 
     def _take_idle(self, peer: Peer) -> Connection | None:
         with self._lock:
-            # Also those to peers of which nobody will ask any more.
             self._close_idle(IDLE_S)
             idle = self._idle.get(peer)
             while idle:
@@ -142,6 +145,20 @@ class PeerConnections:
                 # The peer, or the network between, has ended it meanwhile.
                 connection.close()
             return None
+
+    def _sweep_later(self) -> None:
+        """Have idle connections closed also if nobody asks for one any more."""
+        if self._sweeper is None:
+            self._sweeper = threading.Timer(IDLE_S, self._sweep)
+            self._sweeper.daemon = True
+            self._sweeper.start()
+
+    def _sweep(self) -> None:
+        with self._lock:
+            self._sweeper = None
+            self._close_idle(IDLE_S)
+            if self._idle and not self._closed:
+                self._sweep_later()
 
     def _close_idle(self, least_s: float) -> None:
         """Close the connections that were idle for so long."""

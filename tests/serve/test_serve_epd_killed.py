@@ -4,19 +4,24 @@ import contextlib
 import json
 import os
 import signal
-import time
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import psutil
 import pytest
 from vision import tiny_llava
 
-from tests.pd_servers import instances, post, router
+from tests.pd_fleet import kill
+from tests.pd_servers import instances, nothing_more, post, router, until
 from tests.serve.test_serve_epd import TEMPLATE, body, text
+from tests.serving import Served
 
 pytestmark = pytest.mark.serve
+
+CHAT = "/v1/chat/completions"
+PUBLISHED = "vllm_plugins:epd_published_items_total"
+# An instance that is stopped for some seconds is not down yet.
+PATIENT = ("--retries", "2", "--probe-s", "0.5", "--fail-threshold", "20")
 
 
 @pytest.fixture(scope="module")
@@ -35,45 +40,47 @@ def servers(tmp_path_factory):
     ) as (first, second, prefill):
         log = tmp_path_factory.mktemp("router") / "router.log"
         urls = ("--encode", first.url, second.url, "--prefill", prefill.url)
-        with router(log, *urls, "--retries", "2") as url:
+        with router(log, *urls, *PATIENT) as url:
             yield first, second, prefill, url
 
 
-def memory_files(pid: int) -> int:
-    """Return how many nameless memory files a process and its children hold."""
-    parent, count = psutil.Process(pid), 0
-    for process in (parent, *parent.children(recursive=True)):
-        for link in Path(f"/proc/{process.pid}/fd").iterdir():
-            # Others come and go meanwhile.
-            with contextlib.suppress(FileNotFoundError):
-                count += "memfd:" in str(link.readlink())
-    return count
+@contextlib.contextmanager
+def stopped(server: Served) -> Iterator[None]:
+    """Stop all processes of a server, so that a phase lasts; they go on, or were killed."""
+    os.killpg(server.process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.process.pid, signal.SIGCONT)
 
 
-def test_a_killed_encode_instance_costs_nobody_an_answer(servers):
+def test_an_encode_instance_that_is_killed_costs_nobody_an_answer(servers):
+    """Some of its images are encoded and wait to be fetched, others are being encoded."""
     first, second, prefill, url = servers
     asked = [body(prefill.model, "t7", 200 + 2 * i, "t8", 201 + 2 * i) for i in range(24)]
-    expected = [text(post(prefill.url, one, "/v1/chat/completions")) for one in asked]
-    # New to every cache, but the same model's answer.
-    post(url, body(prefill.model, "t7", 190), "/v1/chat/completions")
-    with ThreadPoolExecutor(8) as pool:
-        answers = pool.map(lambda one: post(url, one, "/v1/chat/completions"), asked)
-        time.sleep(0.3)
-        os.killpg(first.process.pid, signal.SIGKILL)
-        assert [text(answer) for answer in answers] == expected
-    deadline = time.monotonic() + 10
-    while first.process.poll() is None or _instance(url, first.url)["state"] != "down":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    expected = [text(post(prefill.url, one, CHAT)) for one in asked]
+    warm = [body(prefill.model, "t7", 400 + i) for i in range(24)]
+    with ThreadPoolExecutor(24) as pool:
+        # As many connections of the router as there will be: it keeps them for its own questions.
+        list(pool.map(lambda one: post(url, one, CHAT), warm))
+    before = first.metric(PUBLISHED)
+    with nothing_more(prefill, 30), nothing_more(second, 30), ThreadPoolExecutor(24) as pool:
+        with stopped(prefill):
+            answers = [pool.submit(post, url, one, CHAT) for one in asked[:12]]
+            until(lambda: first.metric(PUBLISHED) > before, 30)
+            with stopped(first):
+                answers += [pool.submit(post, url, one, CHAT) for one in asked[12:]]
+                until(lambda: _instance(url, first.url)["requests"] >= 1, 30)
+                traces = kill(first)
+        assert [text(answer.result()) for answer in answers] == expected
+        until(lambda: _instance(url, first.url)["state"] == "down", 30)
+        for i in range(4):
+            one = body(prefill.model, "t9", 300 + i)
+            assert text(post(url, one, CHAT)) == text(post(prefill.url, one, CHAT))
+    assert prefill.metric("vllm_plugins:epd_missing_items_total") > 0
     # Its embeddings were in memory without a name: nothing of them is left on the host.
-    assert not [path for path in Path("/dev/shm").iterdir() if "epd" in path.name]
-    before = memory_files(prefill.process.pid)
-    for i in range(4):
-        one = body(prefill.model, "t9", 300 + i)
-        local = text(post(prefill.url, one, "/v1/chat/completions"))
-        assert text(post(url, one, "/v1/chat/completions")) == local
-    assert memory_files(prefill.process.pid) <= before
-    assert second.process.poll() is None
+    until(lambda: not traces.left(), 15)
 
 
 def _instance(url: str, address: str) -> dict:

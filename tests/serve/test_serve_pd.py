@@ -11,7 +11,6 @@ import urllib.request
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
-import psutil
 import pytest
 from openai import APIConnectionError, APIError, APITimeoutError, BadRequestError, OpenAI
 
@@ -24,6 +23,7 @@ from tests.pd_servers import (
     post,
     prompt,
     routed,
+    router_process,
     through,
 )
 from tests.wire_faults import DOWN, UP, Fault, FaultyProxy
@@ -302,12 +302,7 @@ def test_a_killed_router_leaves_nothing_behind(pair, tmp_path):
         for tokens in prompts:
             pool.submit(read, tokens)
         assert started.acquire(timeout=60)
-        (running,) = (
-            child
-            for child in psutil.Process().children()
-            if url.rsplit(":", 1)[1] in child.cmdline()
-        )
-        running.kill()
+        router_process(url).kill()
     pair.await_empty(LEASE_S + 2)
     assert pair.decoded(prompts[0], pair.prefilled(prompts[0])) == pair.colocated(prompts[0])
 

@@ -8,7 +8,7 @@ import pytest
 from tests.epd_sides import BLOCK, TOKENS, Counts, arena_of, memory_of, shape_of
 from tests.unit.wire_ends import wait_until
 from tests.wire_faults import DOWN, Fault, FaultyProxy
-from vllm_plugins.kv_connectors.epd import protocol
+from vllm_plugins.kv_connectors.epd import fetcher, protocol
 from vllm_plugins.kv_connectors.epd.fetcher import NUM_THREADS, Fetcher
 from vllm_plugins.kv_connectors.epd.media import Shape, Source
 from vllm_plugins.kv_connectors.epd.publisher import Publisher
@@ -253,6 +253,15 @@ def test_a_server_that_closes_idle_connections_is_asked_anew(ends):
     entry = ends.prefill.find("m") or ends.prefill.share("m", "me")
     ends.prefill.discard(entry)
     assert ends.fetch("m", tcp)[1] == ""
+
+
+def test_connections_that_nobody_uses_are_closed(ends, monkeypatch):
+    monkeypatch.setattr(fetcher, "IDLE_S", 0.1)
+    ends.fetcher.close()
+    ends.fetcher = Fetcher(ends.prefill_memory, SECRET)
+    for media in ("one", "two"):
+        assert ends.fetch(media, ends.publish(media))[1] == ""
+        wait_until(lambda: not ends.server._streams)
 
 
 def test_a_lease_is_renewed_and_ended_over_the_wire(ends):

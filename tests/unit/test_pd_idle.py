@@ -1,12 +1,15 @@
-"""Steps that compute nothing leave the core to the threads that move KV, and to the API server."""
+"""Steps that compute nothing leave the cores to others, and idle connections are closed."""
 
 import time
 from types import SimpleNamespace
 
 import pytest
 
-from tests.pd_problem import ALL_HEADS, MODEL, OLD, PROMPT, Reader, Writer, part
-from vllm_plugins.kv_connectors.pd import worker
+from tests.pd_problem import ALL_HEADS, MODEL, OLD, PROMPT, TIMEOUT_S, Reader, Writer, part
+from tests.unit.wire_ends import SECRET, wait_until
+from vllm_plugins.kv_connectors.pd import peers, worker
+from vllm_plugins.kv_connectors.pd.peers import PeerConnections
+from vllm_plugins.kv_connectors.pd.protocol import Kind
 
 
 class Pulling(SimpleNamespace):
@@ -43,3 +46,16 @@ def test_the_end_of_a_pull_ends_the_rest(ends):
     start = time.monotonic()
     reader.worker.await_one(0.05)
     assert time.monotonic() - start >= 0.05
+
+
+def test_idle_connections_are_closed_although_nobody_asks_again(ends, monkeypatch):
+    monkeypatch.setattr(peers, "IDLE_S", 0.1)
+    writer, connections = Writer(part(MODEL, ALL_HEADS)), PeerConnections(SECRET, 0.5, TIMEOUT_S)
+    ends += [writer, connections]
+    named = {"generation": writer.peer().generation}
+    with connections.to(writer.peer()) as one, connections.to(writer.peer()) as other:
+        one.request(Kind.DESCRIBE, named)
+        other.request(Kind.DESCRIBE, named)
+    assert writer.left == 0
+    wait_until(lambda: writer.left == 2)
+    assert not connections._idle and connections._sweeper is None

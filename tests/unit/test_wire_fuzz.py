@@ -19,6 +19,7 @@ from tests.unit.wire_ends import (
     soon,
     wait_until,
 )
+from tests.wire_noise import mutated, send_all
 from vllm_plugins.wire.connection import connect
 from vllm_plugins.wire.errors import WireError
 from vllm_plugins.wire.frame import ERROR, HELLO, PROOF, Limits, encode_header
@@ -41,44 +42,6 @@ def server():
         wait_until(lambda: nothing_leaked(before))
     finally:
         logger.setLevel(level)
-
-
-def mutated(valid: bytes, chance: random.Random) -> bytes:
-    """Return something near a valid frame that is not equal to it, or pure noise."""
-    data = bytearray(valid)
-    way = chance.randrange(6)
-    if way == 0:
-        return chance.randbytes(chance.randrange(1, 300))
-    if way == 1:
-        for _ in range(chance.randrange(1, 6)):
-            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
-    elif way == 2:
-        del data[chance.randrange(len(data)) :]
-    elif way == 3:
-        place = chance.randrange(len(data))
-        data[place:place] = chance.randbytes(chance.randrange(1, 20))
-    elif way == 4:
-        start = chance.randrange(len(data))
-        del data[start : start + chance.randrange(1, 20)]
-    else:
-        start = chance.randrange(len(data))
-        data[start : start + 8] = b"\xff" * min(8, len(data) - start)
-    return bytes(data) if data != valid else chance.randbytes(40)
-
-
-def send_all(sock: socket.socket, data: bytes) -> bytes:
-    """Send, end, and return all that came back; the other end may be gone by then."""
-    sock.settimeout(5)
-    answer = b""
-    try:
-        sock.sendall(data)
-        sock.shutdown(socket.SHUT_WR)
-        while piece := sock.recv(4096):
-            answer += piece
-    except OSError as error:
-        # The other end has gone, which is how it refuses; a hang would be a timeout.
-        assert not isinstance(error, TimeoutError)
-    return answer
 
 
 def test_strangers_cannot_upset_the_server(server):

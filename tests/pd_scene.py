@@ -1,0 +1,139 @@
+"""A router in front of a fleet, and requests in every phase of their life."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import threading
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.pd_fleet import (
+    ACCEPTED_BLOCKS,
+    LEASE_S,
+    STALLED_BYTES,
+    TOKENS_OF_A_BLOCK,
+    Member,
+    await_empty,
+    stalled,
+)
+from tests.pd_servers import nothing_more, post, prompt, router, until
+from tests.wire_faults import DOWN
+
+# Prompts of a scene are in nobody's prefix cache.
+_SCENES = itertools.count(1)
+OPTIONS = ("--retries", "3", "--probe-s", "0.5", "--lease-s", str(LEASE_S))
+# How many requests, of how many tokens, with an answer of how many. Short prompts wait for no pull.
+PHASES = {
+    "pulled": (8, 1600, 8), "generating": (4, 40, 1000), "computing": (6, 1632, 8),
+    "held": (4, 640, 1400),
+}  # fmt: skip
+
+
+class Scene:
+    """Requests on their way through a router, by the phase in which a kill will find them."""
+
+    def __init__(
+        self, prefill: list[Member], decode: list[Member], url: str, pool: ThreadPoolExecutor
+    ) -> None:
+        self.prefill, self.decode, self.url, self.pool = prefill, decode, url, pool
+        self.answers: dict[str, list[Future[list[int]]]] = {}
+        self._begun = threading.Semaphore(0)
+        self._first_seed = 100 * next(_SCENES)
+
+    def ask(self, phase: str) -> None:
+        """Send the requests of a phase."""
+        self.answers[phase] = [self.pool.submit(self._read, one) for one in self._bodies(phase)]
+
+    def _bodies(self, phase: str, **more: object) -> list[dict[str, object]]:
+        count, length, wanted = PHASES[phase]
+        fixed = {"model": self.decode[0].server.model, "temperature": 0, "ignore_eos": True,
+                 "max_tokens": wanted, "return_token_ids": True, **more}  # fmt: skip
+        seeds = range(self._first_seed, self._first_seed + count)
+        return [{"prompt": prompt(length, seed), **fixed} for seed in seeds]
+
+    def _read(self, body: dict[str, object]) -> list[int]:
+        """Return a streamed answer's tokens.
+
+        Raises:
+            OSError: It broke off.
+        """
+        data = json.dumps({**body, "stream": True}).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url}/v1/completions", data, headers)
+        found: list[int] = []
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            for line in filter(bytes.strip, answer):
+                text = line.decode().removeprefix("data: ").strip()
+                if text == "[DONE]":
+                    return found
+                choices = json.loads(text)["choices"]
+                if not found:
+                    self._begun.release()
+                found += [token for one in choices for token in one["token_ids"] or []]
+        raise OSError("the answer broke off")
+
+    def all_begun(self, phase: str) -> None:
+        """Wait until each request of a phase has its first token."""
+        for _ in self.answers[phase]:
+            assert self._begun.acquire(timeout=60)
+
+    def expected(self, phase: str, engine: Member) -> list[list[int]]:
+        """Return what one engine alone answers, which computes the prompts anew."""
+        bodies = self._bodies(phase, cache_salt="alone")
+        answers = self.pool.map(lambda body: post(engine.server.url, body), bodies)
+        return [answer["choices"][0]["token_ids"] for answer in answers]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return a metric of the router."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+        samples = [sample for family in families for sample in family.samples]
+        return sum(s.value for s in samples if s.name == f"vllm_plugins:router_{name}"
+                   and labels.items() <= s.labels.items())  # fmt: skip
+
+
+@contextlib.contextmanager
+def routed(
+    prefill: list[Member], decode: list[Member], log: Path, *options: str
+) -> Iterator[Scene]:
+    """Run a router in front of instances."""
+    urls = [one.server.url for one in prefill], [one.server.url for one in decode]
+    words = ("--prefill", *urls[0], "--decode", *urls[1], *OPTIONS, *options)
+    with ThreadPoolExecutor(20) as pool, router(log, *words) as url:
+        yield Scene(prefill, decode, url, pool)
+
+
+@contextlib.contextmanager
+def in_every_phase(scene: Scene) -> Iterator[None]:
+    """Bring requests into every phase at the first prefill and the first decode instance."""
+    source, reader = scene.prefill[0], scene.decode[0]
+    with stalled([source]):
+        before = source.proxy.carried[DOWN]
+        scene.ask("pulled")
+        until(lambda: reader.metric("accepted_blocks") >= ACCEPTED_BLOCKS, 60)
+        until(lambda: reader.metric("queued") >= 1, 60)
+        until(lambda: source.proxy.carried[DOWN] - before >= 2 * STALLED_BYTES, 60)
+        held = 3 * PHASES["pulled"][1] / TOKENS_OF_A_BLOCK
+        until(lambda: source.metric("held_blocks") >= held, 60)
+        scene.ask("generating")
+        scene.all_begun("generating")
+        scene.ask("computing")
+        until(lambda: source.metric("vllm:num_requests_running") >= 1, 60)
+        assert reader.metric("vllm:num_requests_running") >= 1
+        yield
+
+
+@contextlib.contextmanager
+def nothing_of_it_left(survivors: Sequence[Member]) -> Iterator[None]:
+    """Check that the instances hold no more than before, and no block or lease at all."""
+    with contextlib.ExitStack() as stack:
+        for one in survivors:
+            stack.enter_context(nothing_more(one.server, LEASE_S + 15))
+        yield
+        await_empty(survivors, LEASE_S + 5)
