@@ -13,6 +13,8 @@ asks the scenes models questions, at several keep rates and with every scorer, t
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import statistics
 import sys
 import time
@@ -31,6 +33,9 @@ PIXELS, IMAGE_TOKENS = 336, 576
 STOCK = "stock"
 BLOCK = 32
 WARM_UP = 2
+PLAIN = "plain model, stock"
+SCORERS = ("predictor", "attention", "norm", "random")
+RESAMPLED = 10_000
 
 
 def plugin(rate: float, scorer: str, **options: Any) -> str:
@@ -55,6 +60,48 @@ def settings(**more: Any) -> dict[str, Any]:
     return {"block_size": BLOCK, "max_model_len": 1024, "max_num_batched_tokens": 2048, **more}
 
 
+def random_llava(args: argparse.Namespace) -> Path:
+    """Return a random LLaVA of the size asked for."""
+    from vision import tiny_llava
+
+    return tiny_llava(width=args.width, layers=args.layers, positions=1024, pixels=PIXELS)
+
+
+def with_predictors(args: argparse.Namespace) -> Path:
+    """Return the random LLaVA with a random image predictor beside it.
+
+    The predictor is to the model what the published one is to a 7B model: 512 of 4,096 channels
+    and two blocks, so that its share of the time is of the same kind.
+    """
+    from build_once import CACHE, build_once
+
+    plain = random_llava(args)
+    width = args.width // 8
+    values = {
+        "d_model": width,
+        "nhead": max(1, width // 64),
+        "dim_feedforward": 4 * width,
+        "text_keep_rate": 1.0,
+    }
+    made_from = {"plain": plain.name, "sparse_config": values}
+
+    def build(folder: Path) -> None:
+        import torch
+
+        from vllm_plugins.visual_tokens.dynamic_llava.checkpoint import save_predictors
+        from vllm_plugins.visual_tokens.dynamic_llava.predictors import Predictors
+        from vllm_plugins.visual_tokens.dynamic_llava.sparse_config import KEY, SparseConfig
+
+        shutil.copytree(plain, folder, dirs_exist_ok=True)
+        sparse = SparseConfig.of(values, "benchmark")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {KEY: sparse.model_dump()}))
+        torch.manual_seed(0)
+        save_predictors(folder, Predictors(args.width, sparse), torch.float32)
+
+    return build_once(CACHE / f"{plain.name}-predictors", made_from, build)
+
+
 def seconds(llm: Any, prompts: list[dict[str, Any]]) -> list[float]:
     """Return the CPU time until each prompt's first token.
 
@@ -73,9 +120,7 @@ def seconds(llm: Any, prompts: list[dict[str, Any]]) -> list[float]:
 
 def ttft(args: argparse.Namespace) -> dict[str, Any]:
     """Time first tokens, variant by variant and round by round."""
-    from vision import tiny_llava
-
-    model = tiny_llava(width=args.width, layers=args.layers, positions=1024, pixels=PIXELS)
+    model = with_predictors(args) if args.scorer == "predictor" else random_llava(args)
     variants = {STOCK: None} | {f"keep {r:g}": plugin(r, args.scorer) for r in args.rates}
     rounds: list[dict[str, list[float]]] = []
     for number in range(args.rounds):
@@ -132,9 +177,7 @@ def held_bytes(llm: Any, requests: int) -> int:
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
     """Count what requests hold, stock and with blocks given back."""
-    from vision import tiny_llava
-
-    model = tiny_llava(width=args.width, layers=args.layers, positions=1024, pixels=PIXELS)
+    model = random_llava(args)
     more = {"max_num_seqs": args.requests, "enable_prefix_caching": False}
     held = {}
     freeing = {"prune_layer": args.prune_layer, "free_hole_blocks": "true"}
@@ -159,21 +202,49 @@ def accuracy(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     # The plain model is what was there before; the other was trained to go without tokens.
     plain, trained = scenes(), scenes_dynamic()
-    cases = [("plain model, stock", plain, None), ("trained model, stock", trained, None)]
+    cases = [(PLAIN, plain, None), ("trained model, stock", trained, None)]
     for rate in (r for r in args.rates if r < 1):
         cases += [
             (f"trained model, {scorer} {rate:g}", trained, plugin(rate, scorer))
-            for scorer in ("predictor", "attention", "norm", "random")
+            for scorer in args.scorers
         ]
         cases.append((f"plain model, attention {rate:g}", plain, plugin(rate, "attention")))
+    scene = np.repeat(np.arange(len(drawn)), [len(s.questions) for s in drawn])
+    right: dict[str, np.ndarray] = {}
     for name, model, spec in cases:
-        found[name] = right_answers(model, spec, drawn)
+        right[name], kept = right_answers(model, spec, drawn)
+        share = float(right[name].mean())
+        found[name] = {
+            "right": share,
+            "standard_error": (share * (1 - share) / len(scene)) ** 0.5,
+            "questions": len(scene),
+            "image_tokens_kept": kept,
+            "of_plain": share_of(right[name], right[PLAIN], scene),
+        }
         print(f"{name:32} {found[name]}", flush=True)
     return {"images": args.images, "seed": args.seed, "block_size": BLOCK, "answers": found}
 
 
-def right_answers(model: Path, spec: str | None, drawn: list[Any]) -> dict[str, float]:
-    """Ask everything of a model; return the share answered exactly, and that of tokens kept."""
+def share_of(ours: np.ndarray, whole: np.ndarray, scene: np.ndarray) -> dict[str, float]:
+    """Return how many times as many answers are right, with a 95 % interval.
+
+    Scenes are drawn with replacement, each with all its questions, which both models were asked.
+
+    Args:
+        ours: Whether each question was answered rightly, bool, shape (questions,).
+        whole: The same of the model that sees everything.
+        scene: Which scene each question is about, int64, shape (questions,).
+    """
+    per_scene = np.stack([np.bincount(scene, weights=x) for x in (ours, whole)])
+    count = per_scene.shape[1]
+    drawn = np.random.default_rng(0).integers(0, count, (RESAMPLED, count))
+    mine, all_seen = per_scene[:, drawn].sum(-1)
+    low, high = np.quantile(mine / all_seen, (0.025, 0.975)).tolist()
+    return {"share": float(ours.sum() / whole.sum()), "low": low, "high": high}
+
+
+def right_answers(model: Path, spec: str | None, drawn: list[Any]) -> tuple[np.ndarray, float]:
+    """Ask everything of a model; return which answers are right, and the share of tokens kept."""
     from scenes_data import ID, VOCABULARY
     from scenes_model import BOS, EOS, IMAGE_TOKEN
     from vllm import SamplingParams
@@ -199,13 +270,7 @@ def right_answers(model: Path, spec: str | None, drawn: list[Any]) -> dict[str, 
     for (_, question), output in zip(questions, outputs, strict=True):
         told = [VOCABULARY[t] for t in output.outputs[0].token_ids if t != EOS]
         right.append(" ".join(told) == question.answer)
-    share = statistics.fmean(right)
-    return {
-        "right": share,
-        "standard_error": (share * (1 - share) / len(right)) ** 0.5,
-        "questions": len(right),
-        "image_tokens_kept": kept / (kept + dropped) if kept + dropped else 1.0,
-    }
+    return np.array(right), kept / (kept + dropped) if kept + dropped else 1.0
 
 
 def main() -> int:
@@ -221,6 +286,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=5, help="of `ttft`, in a round")
     parser.add_argument("--rounds", type=int, default=4, help="of `ttft`")
     parser.add_argument("--images", type=int, default=50, help="of `accuracy`")
+    parser.add_argument("--scorers", nargs="+", default=SCORERS, help="of `accuracy`")
     parser.add_argument("--seed", type=int, default=0, help="of `accuracy`")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -3,9 +3,10 @@
     python benchmarks/specvlm.py TARGET DRAFTER --data scenes.json --images DIR [--out F.json]
 
 Drafting pays while verifying more tokens costs little, so the plug-in stops it at
-`draft_until_batch`. Every batch is answered by a stock engine, by one that stops there and by one
-that never does, in turns, each in this process; the figure is processor time on one thread, which
-other work on the machine disturbs less than the clock on the wall. For one request at a time see
+`draft_until_batch`, and the result names the value that the figures speak for. Every batch is
+answered by a stock engine, by one that stops there and by one that never does, in turns, each in
+this process; the figure is processor time on one thread, which other work on the machine disturbs
+less than the clock on the wall. For one request at a time see
 `vllm-plugins bench --drafting`.
 """
 
@@ -83,7 +84,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     equal &= answers.setdefault(batch, told) == told
         rounds.append(row)
         print(row, flush=True)
-    return {"answers_equal": equal, "summary": compared(rounds), "rounds": rounds}
+    summary = compared(rounds)
+    found = {"answers_equal": equal, "draft_until_batch": draft_until(summary)}
+    return {**found, "summary": summary, "rounds": rounds}
+
+
+def draft_until(summary: dict[str, Any]) -> int:
+    """Return the value of `draft_until_batch` that the figures speak for, 0 for no drafting at all.
+
+    It is the largest batch measured up to which a drafting engine was at no batch slower than stock
+    in the median of the rounds.
+    """
+    until = 0
+    for batch, found in sorted(summary.items(), key=lambda item: int(item[0])):
+        if found[ALWAYS]["median"] < 1:
+            break
+        until = int(batch)
+    return until
 
 
 def compared(rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:

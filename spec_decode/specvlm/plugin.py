@@ -43,10 +43,10 @@ class SpecVlmOptions(Options):
         5, ge=1, le=16, description="Tokens drafted in a round, one after another."
     )
     draft_until_batch: int | None = Field(
-        16,
+        32,
         ge=1,
-        description="Requests of a step up to which it drafts: beyond, verifying costs more than "
-        "it saves. None drafts for every batch.",
+        description="Requests of a step up to which it drafts: beyond, verifying may cost more "
+        "than it saves. None drafts for every batch.",
     )
     draft_sampling: Literal["greedy", "probabilistic"] = Field(
         "greedy",

@@ -213,7 +213,7 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if plan is not None:
             self.tally.add(plan)
             if self.freed is not None:
-                self.freed.take_out(plan)
+                self.freed.take_out(plan, self.hole_view.step_of(self.upper_names[0]))
         return plan
 
 

@@ -68,8 +68,8 @@ class DynamicLlavaOptions(Options):
     )
     free_hole_blocks: bool = Field(
         False,
-        description="Whether cache blocks of dropped image tokens are given back to other requests "
-        "(model runner V1). Turns prefix caching off.",
+        description="Whether cache blocks of dropped image tokens are given back to other "
+        "requests. Turns prefix caching off.",
     )
 
     @model_validator(mode="after")

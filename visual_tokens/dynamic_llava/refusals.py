@@ -53,12 +53,6 @@ def check_freeing(where: str, config: VllmConfig) -> None:
     Raises:
         PluginError: It cannot.
     """
-    if config.use_v2_model_runner:
-        raise PluginError(
-            where,
-            "model runner V2 keeps block tables where holes cannot be taken out of them",
-            "set VLLM_USE_V2_MODEL_RUNNER=0",
-        )
     if config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise PluginError(
             f"{where} with --disable-hybrid-kv-cache-manager",

@@ -99,6 +99,8 @@ STEP = (
         "Where a prompt ends (V2).", HOST),
     has("vllm.multimodal.inputs:MultiModalFeatureSpec", "identifier mm_position",
         "Which picture it is, for pruning, and where.", "spec_decode/specvlm/draft_rows.py"),
+    has("vllm.triton_utils:HAS_TRITON", "", "Whether kernels are Triton's on CPU too.",
+        "engine/draft_sampling.py", kind="object"),
     method("vllm.triton_utils.dispatcher:register_kernels", "overrides",
            "Stands in for a CPU kernel that loses its output.", "engine/draft_sampling.py"),
     method("vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",

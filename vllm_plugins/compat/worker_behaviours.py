@@ -101,6 +101,17 @@ def attention_has_a_rotary_embedding() -> None:
         _expect_stored(symbol, "rotary_emb")
 
 
+def attention_is_called_with_queries_keys_and_values() -> None:
+    """Each known decoder stack calls ``attn(q, k, v)`` once, keys with their positions in them."""
+    for symbol in ATTENTIONS:
+        forward = _tree(_named(symbol).forward)
+        [call, *others] = _calls(forward, "attn")
+        plain = len(call.args) == 3 and not call.keywords and not others
+        expect(plain, f"{symbol}.forward calls attn as {ast.unparse(call)}")
+        rotated = _line_of(forward, "rotary_emb") < _line_of(forward, "attn")
+        expect(rotated, f"{symbol}.forward rotates after attn")
+
+
 def runners_keep_groups_and_configuration() -> None:
     """Both model runners keep attention groups and KV cache configuration, and return the model."""
     for symbol in RUNNERS:

@@ -22,6 +22,7 @@ from vllm_plugins.registry import load
 
 HOST = "engine/worker_host.py"
 FORWARD = "engine/partial_forward.py"
+CHECK = "kv_connectors/kvshare/check_pass.py"
 PAGES = "engine/kv_pages.py"
 CONNECTOR = "kv_connectors/kvshare/connector.py"
 SCHEDULER_SIDE = "kv_connectors/kvshare/scheduler_side.py"
@@ -128,6 +129,9 @@ PARTIAL_FORWARD = (
     ),
     behaves(f"{_MODELS}.llama:LlamaAttention", behaviours.attention_has_a_rotary_embedding,
             "A layer's position embedding, by which keys are moved.", FORWARD),
+    behaves(f"{_MODELS}.llama:LlamaAttention.forward",
+            behaviours.attention_is_called_with_queries_keys_and_values,
+            "A layer's keys and values are taken where its attention would begin.", CHECK),
     *(
         method(f"{_MODELS}.{module}:{name}Model.embed_input_ids", "input_ids",
                "What a pass from the first layer on begins with.", FORWARD)

@@ -18,6 +18,8 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import AttentionSpec
@@ -27,6 +29,7 @@ from vllm_plugins.engine.policy import SchedulerPolicy
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.request import Request
 
     from vllm_plugins.engine.block_holes.plan import Hole, Span, StepPlan
@@ -141,7 +144,11 @@ class HolePolicy(SchedulerPolicy):
 
 
 class FreedBlocks:
-    """Takes holes out of a worker's own tables; model runner V1.
+    """Takes holes out of a worker's own tables.
+
+    Model runner V1 keeps them on the host and copies them before each step. V2 keeps them on the
+    device, under the row of a request's state, and adds to a row only behind its last block; a
+    request that was preempted is a new one, with all of its blocks.
 
     Args:
         runner: The worker's.
@@ -150,6 +157,7 @@ class FreedBlocks:
 
     def __init__(self, runner: RunnerView, layers: Sequence[str]) -> None:
         self._runner = runner.runner
+        self._take_out = self._on_device if runner.config.use_v2_model_runner else self._on_host
         groups = runner.kv_cache_config.kv_cache_groups
         wanted = set(layers)
         self._groups = {
@@ -158,26 +166,32 @@ class FreedBlocks:
             if wanted & set(group.layer_names)
         }
 
-    def take_out(self, plan: StepPlan) -> None:
+    def take_out(self, plan: StepPlan, common: CommonAttentionMetadata) -> None:
         """Write the null block where a step makes holes; it takes effect in the next step.
 
         Args:
-            plan: Of the step.
-        """
-        batch, requests = self._runner.input_batch, self._runner.requests
-        for group, size in self._groups.items():
-            for row, column in self._blocks(plan, size):
-                batch.block_table[group].block_table.np[row, column] = 0
-                # A request that leaves the batch for a while comes back with what is kept here.
-                requests[batch.req_ids[row]].block_ids[group][column] = 0
-
-    @staticmethod
-    def _blocks(plan: StepPlan, size: int) -> list[tuple[int, int]]:
-        """Return batch rows and columns of the manager's tables that become holes.
-
-        Args:
             plan: Of the step, perhaps in an attention kernel's smaller blocks.
-            size: Tokens of a manager's block.
+            common: The step's metadata.
         """
-        split = size // plan.block_size
-        return [(int(row), int(column) // split) for row, column in plan.hidden.T[::split]]
+        for group, size in self._groups.items():
+            split = size // plan.block_size
+            rows, columns = plan.hidden[0, ::split], plan.hidden[1, ::split] // split
+            self._take_out(group, rows, columns, common)
+
+    def _on_host(
+        self, group: int, rows: np.ndarray, columns: np.ndarray, common: CommonAttentionMetadata
+    ) -> None:
+        batch, requests = self._runner.input_batch, self._runner.requests
+        batch.block_table[group].block_table.np[rows, columns] = 0
+        for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
+            # A request that leaves the batch for a while comes back with what is kept here.
+            requests[batch.req_ids[row]].block_ids[group][column] = 0
+
+    def _on_device(
+        self, group: int, rows: np.ndarray, columns: np.ndarray, common: CommonAttentionMetadata
+    ) -> None:
+        assert common.req_idx is not None
+        table = self._runner.block_tables.block_tables[group].gpu
+        where = torch.from_numpy(np.stack((common.req_idx[rows], columns)).astype(np.int64))
+        where = where.to(table.device, non_blocking=True)
+        table[where[0], where[1]] = 0

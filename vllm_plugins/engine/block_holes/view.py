@@ -65,6 +65,15 @@ class HoleView:
         """
         return self.built[layer]
 
+    def step_of(self, layer: str) -> CommonAttentionMetadata:
+        """Return the metadata of the step that was built for a layer last, no block left out.
+
+        Raises:
+            KeyError: None was; the layer may have no view.
+        """
+        step: CommonAttentionMetadata = self.builder_of(layer).hole_step
+        return step
+
 
 class HoleBuilder:
     """Mixed in before a backend's metadata builder; its own attributes start with ``hole_``."""
