@@ -32,6 +32,16 @@ def test_layers_that_see_holes_have_a_builder_of_their_own_in_the_same_table(llm
     assert len(builder.hole_flags) == worker_of(llm).model_runner.kv_cache_config.num_blocks
 
 
+def order_of(llm, step):
+    """Names of a step's requests, in its order."""
+    runner = worker_of(llm).model_runner
+    if worker_of(llm).plugin_config.use_v2_model_runner:
+        names = [runner.req_states.index_to_req_id[row] for row in step.req_idx.tolist()]
+    else:
+        names = runner.input_batch.req_ids
+    return [name.partition("-")[0] for name in names]
+
+
 def held(llm):
     [request] = scheduler_of(llm).running
     [blocks] = scheduler_of(llm).kv_cache_manager.get_block_ids(request.request_id)
@@ -87,8 +97,7 @@ def test_what_upper_layers_see_is_shorter_by_whole_blocks(llm):
         seen = builder.hole_compact(step)
     hidden = (step.seq_lens - seen.seq_lens) // BLOCK
     assert (hidden * BLOCK == step.seq_lens - seen.seq_lens).all()
-    order = worker_of(llm).model_runner.input_batch.req_ids
-    found = {name.partition("-")[0]: int(n) for name, n in zip(order, hidden, strict=True)}
+    found = dict(zip(order_of(llm, step), hidden.tolist(), strict=True))
     assert found["1"] == 0 and found["0"] == 3 and found["2"] >= 6
     while engine.has_unfinished_requests():
         engine.step()
@@ -107,7 +116,7 @@ def test_a_step_reads_where_each_requests_media_are(llm):
     runner = worker_of(llm).plugin_view()
     spans = dict(
         zip(
-            (name.partition("-")[0] for name in runner.runner.input_batch.req_ids),
+            order_of(llm, builder.hole_step),
             runner.media_spans(builder.hole_step),
             strict=True,
         )

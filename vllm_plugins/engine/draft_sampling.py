@@ -18,12 +18,14 @@ KERNEL = "vllm.v1.sample.rejection_sampler.expand_kernel"
 def repair_draft_sampling() -> bool:
     """Register a kernel that is right where the registered one is not; return whether it did so.
 
-    vLLM's own registry of platform kernels is used, in this process alone.
+    vLLM's own registry of platform kernels is used, in this process alone. Where Triton runs on the
+    CPU nothing is registered, and its kernel is right.
     """
+    from vllm.triton_utils import HAS_TRITON
     from vllm.triton_utils.dispatcher import register_kernels
     from vllm.v1.sample.rejection_sampler import expand_kernel
 
-    if _writes_its_output(expand_kernel):
+    if HAS_TRITON or _writes_its_output(expand_kernel):
         return False
     register_kernels({KERNEL: repeat_for_drafts})
     return True
