@@ -11,7 +11,7 @@ SELECTED = {
     "dynamic_llava": ("engine/test_dynamic_llava.py", "-k", "stock or batch or preemption"),
     "freed-holes": ("engine/test_dynamic_llava_memory.py", "-k", "freed_blocks"),
     "epd": ("v2/epd_cases.py",),
-    "specvlm": ("engine/test_specvlm.py", "-k", "answers and (off or concat or text_only)"),
+    "specvlm": ("engine/test_specvlm.py", "-k", "answers and (off or text_only)"),
 }
 
 
