@@ -83,7 +83,8 @@ def with_predictors(args: argparse.Namespace) -> Path:
         "dim_feedforward": 4 * width,
         "text_keep_rate": 1.0,
     }
-    made_from = {"plain": plain.name, "sparse_config": values}
+    stamp = json.loads((plain / "made_from.json").read_text())
+    made_from = {"plain": stamp, "sparse_config": values}
 
     def build(folder: Path) -> None:
         import torch

@@ -167,14 +167,16 @@ def needle(args: argparse.Namespace) -> dict[str, Any]:
 def prompts_of(task: str, length: int, args: argparse.Namespace) -> list[Any]:
     """Return prompts of about ``length`` tokens, with their answers at all depths.
 
-    Lengths differ by up to 15 tokens: refreshes are due at multiples of up to 16, and questions
-    shall come at any distance from one.
+    For curves over ``refresh`` lengths differ by up to 15 tokens: refreshes are due at multiples of
+    up to 16, and questions shall come at any distance from one.
     """
     from retriever_data import PASSKEY, make_prompt
 
     count, questions = args.prompts, 1 if task == PASSKEY else args.questions
     return [
-        make_prompt(task, length - i % 16, (i + 0.5) / count, seed=i, questions=questions)
+        make_prompt(
+            task, length - i % 16 * args.refresh, (i + 0.5) / count, seed=i, questions=questions
+        )
         for i in range(count)
     ]
 

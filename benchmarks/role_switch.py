@@ -130,8 +130,8 @@ def _await_router(url: str) -> None:
     raise TimeoutError("the router did not start")
 
 
-def measure(running: Fleet, switches: int) -> int:
-    """Turn the load so often; return the requests that were answered."""
+def measure(running: Fleet, switches: int, watching: Future[None]) -> int:
+    """Turn the load so often, unless the watch ends; return the requests that were answered."""
     answered = 0
     for number in range(switches):
         role, ended = ("decode", "prefill")[number % 2], threading.Event()
@@ -140,7 +140,11 @@ def measure(running: Fleet, switches: int) -> int:
             seeds = range(CLIENTS * number, CLIENTS * (number + 1))
             clients = [pool.submit(running.keep_busy, role, seed, ended) for seed in seeds]
             deadline = time.monotonic() + LONGEST_S
-            while len(running.changes) == before and time.monotonic() < deadline:
+            while (
+                len(running.changes) == before
+                and not watching.done()
+                and time.monotonic() < deadline
+            ):
                 time.sleep(POLL_S)
             ended.set()
         answered += sum(map(Future.result, clients))
@@ -159,7 +163,7 @@ def main() -> int:
     with fleet(args.model) as running, ThreadPoolExecutor(1) as pool:
         watching = pool.submit(running.watch, ended)
         try:
-            answered = measure(running, args.switches)
+            answered = measure(running, args.switches, watching)
         finally:
             ended.set()
         watching.result()

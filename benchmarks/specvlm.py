@@ -124,7 +124,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="samples in LLaVA's layout")
     parser.add_argument("--images", type=Path, required=True, help="their pictures")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
-    parser.add_argument("--draft-until-batch", type=int, default=16, help="of `stops`")
+    parser.add_argument("--draft-until-batch", type=int, default=32, help="of `stops`")
     parser.add_argument("--max-tokens", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--out", type=Path)

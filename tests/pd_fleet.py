@@ -62,11 +62,18 @@ class Traces:
     def left(self) -> list[str]:
         """Return what of it is still there."""
         found = [name for name in self.files if Path(name).exists()]
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.group, 0)
+        if any(map(self._is_ours, psutil.process_iter())):
             found.append(f"processes of group {self.group}")
         listening = [one for one in psutil.net_connections("tcp") if one.status == "LISTEN"]
         return found + [f"port {self.port}" for one in listening if one.laddr.port == self.port]
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        """Whether a process is of the group; a zombie is gone, whether or not it is reaped."""
+        try:
+            dead = process.status() == psutil.STATUS_ZOMBIE
+            return not dead and os.getpgid(process.pid) == self.group
+        except (psutil.NoSuchProcess, ProcessLookupError):
+            return False
 
 
 def kill(server: Served) -> Traces:

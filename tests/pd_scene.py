@@ -22,7 +22,7 @@ from tests.pd_fleet import (
     await_empty,
     stalled,
 )
-from tests.pd_servers import nothing_more, post, prompt, router, until
+from tests.pd_servers import nothing_more, post, prompt, router, stopped, until
 from tests.wire_faults import DOWN
 
 # Prompts of a scene are in nobody's prefix cache.
@@ -89,6 +89,12 @@ class Scene:
         answers = self.pool.map(lambda body: post(engine.server.url, body), bodies)
         return [answer["choices"][0]["token_ids"] for answer in answers]
 
+    def requests_at(self, member: Member) -> int:
+        """Return the requests that the router has open at an instance."""
+        with urllib.request.urlopen(f"{self.url}/instances", timeout=10) as answer:
+            shown = json.load(answer)["instances"]
+        return int(next(x["requests"] for x in shown if x["url"] == member.server.url))
+
     def metric(self, name: str, **labels: str) -> float:
         """Return a metric of the router."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
@@ -123,9 +129,12 @@ def in_every_phase(scene: Scene) -> Iterator[None]:
         until(lambda: source.metric("held_blocks") >= held, 60)
         scene.ask("generating")
         scene.all_begun("generating")
-        scene.ask("computing")
-        until(lambda: source.metric("vllm:num_requests_running") >= 1, 60)
         assert reader.metric("vllm:num_requests_running") >= 1
+        # Of two that compute meanwhile the one with less to do would be asked alone.
+        others = scene.requests_at(source)
+        with stopped(*(one.server for one in scene.prefill)):
+            scene.ask("computing")
+            until(lambda: scene.requests_at(source) > others, 30)
         yield
 
 

@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import json
+import os
 import random
+import signal
 import sys
 import time
 import urllib.request
@@ -165,6 +167,19 @@ def nothing_more(server: Served, seconds: float = 15) -> Iterator[None]:
         assert time.monotonic() < deadline, f"{before} before, {left} now"
         time.sleep(0.1)
         left = held()
+
+
+@contextlib.contextmanager
+def stopped(*servers: Served) -> Iterator[None]:
+    """Stop all processes of servers, so that a phase lasts; they go on, or were killed."""
+    for server in servers:
+        os.killpg(server.process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for server in servers:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.process.pid, signal.SIGCONT)
 
 
 def through(params: dict[str, Any], address: Address) -> dict[str, Any]:

@@ -131,19 +131,24 @@ def waiting_order_owners(enabled: Sequence[Enabled]) -> list[str]:
 
 
 def _check_one_order(enabled: Sequence[Enabled]) -> None:
-    ordering = set(waiting_order_owners(enabled))
-    refined = {
+    """Let one plug-in order the waiting queue, and one more refine its order."""
+    owners = waiting_order_owners(enabled)
+    refining = {
         item.plugin.name
         for item in enabled
-        if isinstance(item.plugin, SchedulerPlugin) and item.plugin.refines_order_of & ordering
+        if isinstance(item.plugin, SchedulerPlugin)
+        and item.plugin.refines_order_of & set(owners) - {item.plugin.name}
     }
-    owners = [name for name in waiting_order_owners(enabled) if name not in refined]
-    if len(owners) > 1:
-        raise PluginError(
-            f"--plugin {owners[1]}",
-            f"orders the waiting queue, and so does '{owners[0]}'",
-            "drop one of the two, or the option that makes it order the queue",
-        )
+    for alike in (
+        [name for name in owners if name not in refining],
+        [name for name in owners if name in refining],
+    ):
+        if len(alike) > 1:
+            raise PluginError(
+                f"--plugin {alike[1]}",
+                f"orders the waiting queue, and so does '{alike[0]}'",
+                "drop one of the two, or the option that makes it order the queue",
+            )
 
 
 def _check_one_attention(enabled: Sequence[Enabled]) -> None:

@@ -237,6 +237,14 @@ def _unsupported(options: HipOptions, config: VllmConfig) -> list[tuple[str, str
             ),
         ),
         (
+            cache.prefix_match_unit not in (None, cache.block_size),
+            (
+                f"--prefix-match-unit {cache.prefix_match_unit}",
+                "what is known of a request is found by the blocks that it wrote itself",
+                "drop it",
+            ),
+        ),
+        (
             config.kv_transfer_config is not None,
             (
                 "--kv-transfer-config",

@@ -209,6 +209,9 @@ class BlockLife:
         """
         size, row, computed = self.options.block_size, request.row, new.num_computed_tokens
         index, kept = divmod(computed, size)
+        held = index + bool(kept)
+        same = list(new.block_ids[0][:held]) == request.blocks[:held]
+        assert same, f"request {new.req_id} begins twice"
         if kept and computed < request.computed:
             assert index == (request.computed - 1) // size, "a turn's end is taken back by a block"
             self._move(request.blocks[index], RAW - row)

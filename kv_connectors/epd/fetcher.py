@@ -45,7 +45,7 @@ CLOSE_TIMEOUT_S = 5.0
 TRIES = 2
 # Open connections of one thread; encode servers that were restarted would pile up.
 MOST_PEERS = 16
-# Without a job for so long, a thread closes its connections: a dead server's would stay.
+# Unused for so long, a connection is closed: a dead server's would stay.
 IDLE_S = 10.0
 # Outcome of a fetch that is to be tried again.
 _NOT_YET = "not yet"
@@ -143,11 +143,11 @@ class Fetcher:
         peers.close()
 
     def _next(self, peers: _Peers) -> Callable[[_Peers], None] | None:
-        try:
-            return self._jobs.get(timeout=IDLE_S)
-        except queue.Empty:
-            peers.close()
-            return self._jobs.get()
+        while True:
+            try:
+                return self._jobs.get(timeout=IDLE_S if peers.any_open else None)
+            except queue.Empty:
+                peers.close(IDLE_S)
 
     def _outcome(self, peers: _Peers, entry: Entry, source: Source, deadline: float) -> str:
         try:
@@ -212,7 +212,13 @@ class _Peers:
     def __init__(self, secret: bytes, limits: Any) -> None:
         self._secret = secret
         self._limits = limits
-        self._open: dict[Address, Connection] = {}
+        # With the time of their last use, in the order of these.
+        self._open: dict[Address, tuple[float, Connection]] = {}
+
+    @property
+    def any_open(self) -> bool:
+        """Whether there are any."""
+        return bool(self._open)
 
     def request(
         self,
@@ -223,9 +229,10 @@ class _Peers:
         into: Callable[[int, dict[str, Any]], memoryview] | None = None,
     ) -> Frame:
         """Ask a peer, over a connection that is open or a new one."""
-        connection = self._open.pop(address, None)
+        self.close(IDLE_S)
+        _, connection = self._open.pop(address, (0.0, None))
         if len(self._open) >= MOST_PEERS:
-            self._open.pop(next(iter(self._open))).close()
+            self._open.pop(next(iter(self._open)))[1].close()
         if connection is not None:
             connection.timeout_s = timeout_s
             try:
@@ -237,7 +244,7 @@ class _Peers:
                 connection.close()
                 raise
             else:
-                self._open[address] = connection
+                self._open[address] = time.monotonic(), connection
                 return frame
         connection = connect(
             address,
@@ -252,13 +259,16 @@ class _Peers:
         except BaseException:
             connection.close()
             raise
-        self._open[address] = connection
+        self._open[address] = time.monotonic(), connection
         return frame
 
-    def close(self) -> None:
-        for connection in self._open.values():
-            connection.close()
-        self._open.clear()
+    def close(self, least_s: float = 0.0) -> None:
+        """Close the connections that were idle for so long."""
+        now = time.monotonic()
+        for address, (since, connection) in list(self._open.items()):
+            if now - since >= least_s:
+                connection.close()
+                del self._open[address]
 
 
 def _destination(piece: memoryview, shape: Shape) -> Callable[[int, dict[str, Any]], memoryview]:

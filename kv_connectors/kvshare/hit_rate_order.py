@@ -9,8 +9,9 @@ Beside a plug-in that orders by remaining prefill (spf), what counts is the pref
 leaves: a long prompt that is stored goes like a short one, and a short one that is not stored need
 not wait for it. The formula and the ageing are then that plug-in's.
 
-Waiting adds up in both, so nobody waits for ever; and within its domain nobody is overtaken more
-than ``max_bypass`` times.
+Within its domain nobody is overtaken more than ``max_bypass`` times by those that only the store
+puts before it: by later ones, or beside spf by those that spf would have let wait. Against all
+others waiting adds up, in both.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from vllm_plugins.engine.policy import SchedulerPolicy, Step, StepPlan, prefill_left
 from vllm_plugins.kv_connectors.kvshare.metrics import BYPASSES
@@ -39,21 +42,28 @@ class Waiting:
 
     Attributes:
         arrived: When it arrived, in seconds.
-        place: Score, by the order that does not know the store, of the one in whose place it
-            stands, of the same domain.
+        blind: Score by the order that does not know the store.
+        place: The blind score of the one in whose place it stands, of the same domain.
         score: What orders it within its domain, smallest first. All scores fall alike as time goes
             by, so that their order does not depend on it.
-        bypassed: How often a later one of its domain was admitted before it.
-        started: Whether it has been answering already and was preempted.
+        bypassed: How often one of its domain that is later by the blind order was admitted before
+            it.
+        started: Whether it has been admitted already and was preempted.
         domain: Digest of the tenant domain; None where nothing is stored of the request.
     """
 
     arrived: float
+    blind: float
     place: float
     score: float
     bypassed: int
     started: bool
     domain: bytes | None = None
+
+    @property
+    def blind_rank(self) -> tuple[bool, float, float]:
+        """What it would be ordered by if nothing were stored."""
+        return not self.started, self.arrived if self.started else self.blind, self.arrived
 
 
 def places(waiting: Sequence[Waiting]) -> list[int]:
@@ -66,7 +76,8 @@ def hit_rate_order(waiting: Sequence[Waiting], max_bypass: int) -> list[int]:
 
     Args:
         waiting: The requests.
-        max_bypass: Nobody is overtaken more often by later ones of its domain.
+        max_bypass: Nobody is overtaken more often by later ones of its domain, later in the order
+            that does not know the store.
     """
 
     def rank(index: int) -> tuple[bool, float]:
@@ -77,30 +88,37 @@ def hit_rate_order(waiting: Sequence[Waiting], max_bypass: int) -> list[int]:
     # another domain has stored.
     by_place = places(waiting)
     own: dict[bytes | None, list[int]] = {}
-    for index in sorted(by_place, key=lambda i: (not waiting[i].started, waiting[i].arrived)):
+    for index in sorted(by_place, key=lambda i: waiting[i].blind_rank):
         own.setdefault(waiting[index].domain, []).append(index)
     turns = {
-        domain: _turns(waiting, arrived, sorted(arrived, key=rank), max_bypass)
-        for domain, arrived in own.items()
+        domain: _turns(waiting, blind, sorted(blind, key=rank), max_bypass)
+        for domain, blind in own.items()
     }
     return [next(turns[waiting[index].domain]) for index in by_place]
 
 
 def _turns(
-    waiting: Sequence[Waiting], arrived: list[int], ranked: list[int], max_bypass: int
+    waiting: Sequence[Waiting], blind: list[int], ranked: list[int], max_bypass: int
 ) -> Iterator[int]:
-    """Yield a domain's requests by rank, but one that may not be overtaken again at once.
+    """Yield a domain's requests by rank, but none past one that may not be overtaken again.
 
-    Only the first to arrive need be asked: whoever overtakes a later one overtakes it too.
+    Args:
+        waiting: The requests.
+        blind: Indices of the domain's requests in the order that does not know the store.
+        ranked: The same in the order that does.
+        max_bypass: See `hit_rate_order`.
     """
-    gone: set[int] = set()
-    rest = iter(ranked)
-    for earlier, first in enumerate(arrived):
-        while first not in gone:
-            overtaken = waiting[first].bypassed + len(gone) - earlier
-            turn = first if overtaken >= max_bypass else next(i for i in rest if i not in gone)
-            gone.add(turn)
-            yield turn
+    gone = len(ranked)
+    rank_of = {index: rank for rank, index in enumerate(ranked)}
+    rank = np.array([rank_of[index] for index in blind])
+    left = np.array([max_bypass - waiting[index].bypassed for index in blind])
+    for _ in blind:
+        spent = np.flatnonzero((left <= 0) & (rank < gone))
+        until = spent[0] + 1 if len(spent) else len(blind)
+        turn = int(rank[:until].argmin())
+        left[:turn] -= 1
+        rank[turn] = gone
+        yield blind[turn]
 
 
 class HitRatePolicy(SchedulerPolicy):
@@ -119,6 +137,7 @@ class HitRatePolicy(SchedulerPolicy):
         self._full_hit_seconds = full_hit_seconds
         self._max_bypass = max_bypass
         self._arrived: dict[str, float] = {}
+        self._blind: dict[str, float] = {}
         self._place: dict[str, float] = {}
         # Of those that were not admitted yet.
         self._bypassed: dict[str, int] = {}
@@ -148,18 +167,22 @@ class HitRatePolicy(SchedulerPolicy):
     def _look_at(self, requests: Sequence[Request]) -> list[Waiting]:
         side: SchedulerSide = self.facts.kv_connector.scheduler
         hits = side.hits(requests, LOOKED_UP_PER_STEP)
-        return [
-            Waiting(
-                self._arrived[request.request_id],
-                self._place.setdefault(request.request_id, self._score(request, NO_HIT)),
-                self._score(request, hit),
-                # One that was preempted has been admitted before, and is not counted any more.
-                self._bypassed.get(request.request_id, 0),
-                request.num_output_tokens > 0,
-                side.domain(request),
-            )
-            for request, hit in zip(requests, hits, strict=True)
-        ]
+        return [self._known(*pair, side) for pair in zip(requests, hits, strict=True)]
+
+    def _known(self, request: Request, hit: Hit, side: SchedulerSide) -> Waiting:
+        name = request.request_id
+        if name not in self._blind:
+            self._blind[name] = self._place[name] = self._score(request, NO_HIT)
+        return Waiting(
+            self._arrived[name],
+            self._blind[name],
+            self._place[name],
+            self._score(request, hit),
+            # One that was preempted has been admitted before, and is not counted any more.
+            self._bypassed.get(name, 0),
+            request.num_preemptions > 0 or request.num_output_tokens > 0,
+            side.domain(request),
+        )
 
     def _score(self, request: Request, hit: Hit) -> float:
         key = self.facts.waiting_key
@@ -170,18 +193,18 @@ class HitRatePolicy(SchedulerPolicy):
     def scheduled(self, step: Step) -> None:
         """Count who was overtaken by whom the step took from the queue, to run or to be loaded."""
         left = set(step.plan.waiting)
-        passed: dict[bytes | None, list[str]] = {}
+        passed: dict[bytes | None, list[tuple[str, Waiting]]] = {}
         for request, known in self._queue:
             name = request.request_id
             if request in left and name in self._bypassed:
-                passed.setdefault(known.domain, []).append(name)
+                passed.setdefault(known.domain, []).append((name, known))
         for request, known in self._queue:
             if request not in left and self._bypassed.pop(request.request_id, None) is not None:
-                self._count(known.arrived, passed.get(known.domain, ()))
+                self._count(known, passed.get(known.domain, ()))
 
-    def _count(self, arrived: float, waiting: Collection[str]) -> None:
-        """Count those of a domain that still wait, but arrived before one that was admitted."""
-        overtaken = [name for name in waiting if self._arrived[name] < arrived]
+    def _count(self, admitted: Waiting, waiting: Collection[tuple[str, Waiting]]) -> None:
+        """Count those of a domain that still wait, but would not if nothing were stored."""
+        overtaken = [name for name, known in waiting if known.blind_rank < admitted.blind_rank]
         for name in overtaken:
             self._bypassed[name] += 1
         if overtaken:
@@ -190,6 +213,5 @@ class HitRatePolicy(SchedulerPolicy):
     def forget(self, request_ids: Collection[str]) -> None:
         """Drop finished requests."""
         for request_id in request_ids:
-            self._arrived.pop(request_id, None)
-            self._place.pop(request_id, None)
-            self._bypassed.pop(request_id, None)
+            for known in (self._arrived, self._blind, self._place, self._bypassed):
+                known.pop(request_id, None)

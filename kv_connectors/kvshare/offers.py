@@ -21,7 +21,7 @@ LEAST_SAVING = 0.1
 
 @dataclass(frozen=True)
 class EngineShape:
-    """What is to be known of an engine.
+    """What the work of a blend depends on in an engine.
 
     Attributes:
         block_size: Tokens of a KV block.
@@ -41,7 +41,7 @@ class Offers:
         options: The plug-in's options.
         planner: Makes plans from the index.
         index: The stored segments.
-        shape: What is to be known of the engine.
+        shape: What its work depends on in the engine.
     """
 
     def __init__(
@@ -92,18 +92,25 @@ class Offers:
         return "not_worth" if span - self._work(plan) < LEAST_SAVING * span else None
 
     def _work(self, plan: Plan) -> float:
-        """Return what carrying a plan out may cost, in tokens through all layers.
-
-        As much as may be is computed again, and stands one by one: 302 such rows were seen in 259
-        runs.
-        """
+        """Return what carrying a plan out may cost, in tokens through all layers."""
         if plan.is_exact:
             return 0.0
         span = plan.end - plan.start
-        again = self._options.recompute_max * plan.reused
-        rows, runs = span - plan.reused + again, again + len(plan.gaps)
+        again, apart = self._again(plan)
+        rows, runs = span - plan.reused + again, apart + len(plan.gaps)
         upper = self._pass.cost(rows, runs, (span - rows) / max(runs, 1.0))
         return self._always * self._pass.cost(span) + (1 - self._always) * upper
+
+    def _again(self, plan: Plan) -> tuple[float, float]:
+        """Return how many reused tokens may be computed again, and in how many runs they stand."""
+        options = self._options
+        if options.selector == "none":
+            return 0.0, 0.0
+        if options.selector == "epic":
+            return float(options.link_tokens * len(plan.runs)), float(len(plan.runs))
+        # One by one: 302 such rows were seen in 259 runs.
+        most = options.recompute_max * plan.reused
+        return most, most
 
     def measure(self, state: RequestState) -> int:
         """Look up what a waiting request would find in the store, into ``state.hit``.

@@ -73,8 +73,9 @@ class KVShareOptions(Options):
     check_layer: int = Field(
         1,
         ge=0,
-        description="Last layer that is computed for every token; deviation is measured there. In "
-        "layer 0 values do not depend on the context yet, so nothing deviates.",
+        description="Layer whose keys and values are computed for every token, with all layers "
+        "before it; deviation is measured there. In layer 0 values do not depend on the context "
+        "yet, so nothing deviates.",
     )
     recompute_min: float = Field(
         0.05, ge=0, le=1, description="Least share of the reused tokens that is recomputed."
@@ -83,8 +84,8 @@ class KVShareOptions(Options):
         0.15,
         ge=0,
         le=1,
-        description="Largest share of the reused tokens that is recomputed; what stands alone "
-        "between two of them comes on top.",
+        description="Largest share of the reused tokens that is recomputed; what stands between "
+        "two of them comes on top where that is cheaper than a pass more.",
     )
     link_tokens: int = Field(
         16,

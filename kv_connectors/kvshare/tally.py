@@ -29,7 +29,8 @@ CAUSES: dict[Refusal, str] = {
     "unknown": "prompts have less than min_reuse tokens in common with what is stored in their "
     "domain; differing cache_salts, a store too small or texts that the tokenizer cuts differently "
     "may be why",
-    "not_worth": "gaps and recompute_max leave less than a tenth of the work to save",
+    "not_worth": "gaps, recompute_max and the passes that few --max-num-seqs make of it leave less "
+    "than a tenth of the work to save",
     "media": "prompts have images or embeddings, whose KV is not told from token ids",
     "unsigned": "requests name no tenant, or come by a way that passes the front door",
     "full_prefill": "requests ask for a full prefill, as log-probabilities of the prompt do",

@@ -64,7 +64,8 @@ def bridged(wanted: np.ndarray, max_runs: int) -> np.ndarray:
     smallest = np.argsort(holes, kind="stable")
     rows = np.concatenate(([0], np.cumsum(holes[smallest])))
     passes = -(-(len(rows) - np.arange(len(rows))) // max_runs)
-    count = max(int(np.argmin(rows + PASS_COST * passes)), int(np.count_nonzero(holes == 1)))
+    single = int(np.count_nonzero(holes == 1))
+    count = single + int(np.argmin((rows + PASS_COST * passes)[single:]))
     depth = np.zeros(len(wanted) + 1, np.int64)
     depth[ends[smallest[:count]]] = 1
     depth[starts[smallest[:count]]] -= 1

@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from vllm_plugins.kv_connectors.pd.protocol import MAX_TRANSFERS, Kind, says_gone, transfers
@@ -149,9 +149,12 @@ class PeerConnections:
     def _sweep_later(self) -> None:
         """Have idle connections closed also if nobody asks for one any more."""
         if self._sweeper is None:
-            self._sweeper = threading.Timer(IDLE_S, self._sweep)
-            self._sweeper.daemon = True
-            self._sweeper.start()
+            sweeper = threading.Timer(IDLE_S, self._sweep)
+            sweeper.daemon = True
+            # Where no thread can be started, whoever asks next sweeps.
+            with suppress(RuntimeError):
+                sweeper.start()
+                self._sweeper = sweeper
 
     def _sweep(self) -> None:
         with self._lock:

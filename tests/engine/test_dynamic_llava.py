@@ -197,7 +197,7 @@ def test_metrics_move(llm):
         return {
             (s.name.removeprefix("vllm_plugins:dynamic_llava_"), s.labels.get("fate", "")): s.value
             for s in plugin_samples()
-            if "dynamic_llava" in s.name and s.labels["model_name"] == model
+            if "dynamic_llava" in s.name and s.labels.get("model_name") == model
         }
 
     before = counted()

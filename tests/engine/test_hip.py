@@ -267,11 +267,17 @@ def test_a_later_engine_without_the_plugin_is_stock(both, stock):
     assert not AttentionBackendEnum.CPU_ATTN.is_overridden()
 
 
-def test_a_kv_cache_of_another_type_is_refused():
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kv_cache_dtype": "bfloat16"}, "--kv-cache-dtype bfloat16: its kernels read"),
+        ({"prefix_match_unit": 16}, "--prefix-match-unit 16: what is known of a request"),
+    ],
+)
+def test_a_kv_cache_that_it_does_not_know_is_refused(settings, message):
     from vllm_plugins.errors import PluginError
 
-    refused = pytest.raises(PluginError, match="--kv-cache-dtype bfloat16: its kernels read")
-    with refused, engine(SMALL, kv_cache_dtype="bfloat16"):
+    with pytest.raises(PluginError, match=message), engine(SMALL, **settings):
         pass
 
 

@@ -26,8 +26,9 @@ OUT = os.environ.get("KVSHARE_SOAK_OUT")
 SPECS = [NEUTRAL, "kvshare:decode_interval=4,fix_tokens_per_step=150"]
 # What is stored when a run is idle differs, and with it how many of these there are.
 STORED = {"Segment", "Anchors"}
-# Over the second half. Without the bound on oneDNN's cache it was 52 of 300 requests.
-MOST_GROWN_MIB = 2.0
+# Over the second half: 1.7 at most in 2,000 requests. Without the bound on oneDNN's cache it was 52
+# in 300.
+MOST_GROWN_MIB = 4.0
 
 
 def keep(found):
@@ -63,6 +64,7 @@ def test_nothing_is_lost_in_a_long_run(spec, tmp_path):
     half, end = found["idle"]
     assert half["blocks_leaked"] == end["blocks_leaked"] == 0
     assert half["references"] == end["references"] == 0
+    assert half["segments"] and end["segments"]
     kinds = (half["objects"].keys() | end["objects"].keys()) - STORED
     assert {k: end["objects"].get(k) for k in kinds} == {k: half["objects"].get(k) for k in kinds}
     assert found["grown_mib"] < MOST_GROWN_MIB

@@ -52,6 +52,8 @@ def test_an_encode_instance_that_is_killed_costs_nobody_an_answer(deployed: Depl
     deployed.note_processes()
     of_it = [server, *server.children(recursive=True)]
     with ThreadPoolExecutor(8) as pool:
+        # What it is asked now it never answers.
+        os.killpg(server.pid, signal.SIGSTOP)
         answers = pool.map(lambda one: post(deployed.url, one, CHAT, SECONDS), asked)
         wait_for(busy(deployed, victim, 1))
         os.killpg(server.pid, signal.SIGKILL)

@@ -1,20 +1,17 @@
 """An encode instance is killed under load: every image is encoded elsewhere, nothing stays."""
 
-import contextlib
 import json
-import os
-import signal
+import time
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from vision import tiny_llava
 
 from tests.pd_fleet import kill
-from tests.pd_servers import instances, nothing_more, post, router, until
+from tests.pd_servers import instances, nothing_more, post, router, stopped, until
 from tests.serve.test_serve_epd import TEMPLATE, body, text
-from tests.serving import Served
+from vllm_plugins.kv_connectors.epd.fetcher import IDLE_S
 
 pytestmark = pytest.mark.serve
 
@@ -44,17 +41,6 @@ def servers(tmp_path_factory):
             yield first, second, prefill, url
 
 
-@contextlib.contextmanager
-def stopped(server: Served) -> Iterator[None]:
-    """Stop all processes of a server, so that a phase lasts; they go on, or were killed."""
-    os.killpg(server.process.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.process.pid, signal.SIGCONT)
-
-
 def test_an_encode_instance_that_is_killed_costs_nobody_an_answer(servers):
     """Some of its images are encoded and wait to be fetched, others are being encoded."""
     first, second, prefill, url = servers
@@ -65,6 +51,8 @@ def test_an_encode_instance_that_is_killed_costs_nobody_an_answer(servers):
         # As many connections of the router as there will be: it keeps them for its own questions.
         list(pool.map(lambda one: post(url, one, CHAT), warm))
     before = first.metric(PUBLISHED)
+    # The warm-up's connections would hide those that stay open to the killed one.
+    time.sleep(IDLE_S + 1)
     with nothing_more(prefill, 30), nothing_more(second, 30), ThreadPoolExecutor(24) as pool:
         with stopped(prefill):
             answers = [pool.submit(post, url, one, CHAT) for one in asked[:12]]

@@ -12,7 +12,7 @@ from tests.serving import served
 
 pytestmark = pytest.mark.serve
 
-ARGUMENTS = ("--block-size", "32", "--max-num-seqs", "8", "--max-num-batched-tokens", "256")
+ARGUMENTS = ("--block-size", "32", "--max-num-seqs", "64", "--max-num-batched-tokens", "256")
 BLEND = "kvshare:recompute_min=0.1,recompute_max=0.2,decode_interval=4,decode_k=8,decode_budget=0.2"
 NEUTRAL = "kvshare:recompute_min=1,recompute_max=1,fix_tokens_per_step=128"
 COUNTS = ("recomputed_tokens_total", "refreshed_tokens_total", "gap_tokens_total", "stored_tokens")

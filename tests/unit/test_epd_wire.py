@@ -264,6 +264,24 @@ def test_connections_that_nobody_uses_are_closed(ends, monkeypatch):
         wait_until(lambda: not ends.server._streams)
 
 
+def test_a_thread_that_is_never_idle_closes_what_it_does_not_use(ends, monkeypatch):
+    monkeypatch.setattr(fetcher, "IDLE_S", 1.0)
+    monkeypatch.setattr(fetcher, "NUM_THREADS", 1)
+    ends.fetcher.close()
+    ends.fetcher = Fetcher(ends.prefill_memory, SECRET)
+    renewed = ends.publish("m")
+    with FaultyProxy(ends.server.address) as proxy:
+        assert ends.fetch("m", through(renewed, proxy))[1] == ""
+        ends.fetcher.renew(renewed)
+        wait_until(lambda: len(ends.server._streams) == 2)
+
+        def one_is_left():
+            ends.fetcher.renew(renewed)
+            return len(ends.server._streams) == 1
+
+        wait_until(one_is_left)
+
+
 def test_a_lease_is_renewed_and_ended_over_the_wire(ends):
     source = ends.publish("m")
     ends.now = 20.0

@@ -57,6 +57,16 @@ def test_decode_selects_and_attends_as_by_the_letter(path):
         close(out[row], problem.attend(query[row], row, n - 1, seen))
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 1), (14, 2), (5, 5)])
+def test_any_number_of_heads_selects_as_by_the_letter(path, heads, kv_heads):
+    problem = Problem(EDGES, heads=heads, kv_heads=kv_heads, seed=4)
+    query = problem.queries(len(EDGES))
+    _, kept = run(path, problem, query, decodes([n - 1 for n in EDGES], 0))
+    for row, n in enumerate(EDGES):
+        wanted = select(problem, query[row : row + 1], row, n - 1, SMALL, SMALL.overlap)
+        assert listed(kept, row) == wanted
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "size"), [(8, 1, 64), (6, 2, 96), (5, 5, 128), (14, 2, 256)]

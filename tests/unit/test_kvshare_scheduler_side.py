@@ -192,6 +192,28 @@ def test_a_hit_saves_what_its_offer_saves(max_runs):
     assert hits[-1].saved == 0
 
 
+def test_what_a_hit_saves_falls_with_the_passes_that_it_takes():
+    saved = []
+    for max_runs in (16, 64, 256):
+        server = Server(max_runs)
+        document = server.text(600)
+        server.serve(server.request(document))
+        (hit,) = server.side.hits([server.request([*server.text(40), *document])], 10**6)
+        saved.append(hit.saved)
+    assert saved == sorted(set(saved))
+    # The first layer and a sixth of the rest are computed again all the same.
+    assert saved[-1] < 0.8 * 600
+
+
+@pytest.mark.parametrize(("selector", "pays"), [("dhd", False), ("none", True), ("epic", True)])
+def test_rules_that_choose_few_runs_pay_in_small_passes(selector, pays):
+    server = Server(2, selector=selector)
+    document = server.text(600)
+    server.serve(server.request(document))
+    promised = server.serve(server.request([*server.text(40), *document]))
+    assert (promised > 0) == pays
+
+
 def test_a_request_is_counted_once_however_often_it_is_asked_about(server):
     request = server.request(server.text(400))
     for _ in range(3):

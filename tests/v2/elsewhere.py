@@ -23,3 +23,5 @@ def run_on_v2(file, *arguments):
         cwd=TESTS.parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
+    # What is chosen runs there if it runs here.
+    assert " skipped" not in ran.stdout, ran.stdout

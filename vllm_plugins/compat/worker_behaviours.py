@@ -24,6 +24,8 @@ ATTENTIONS = (
     "vllm.model_executor.models.qwen2:Qwen2Attention",
     "vllm.model_executor.models.qwen3:Qwen3Attention",
 )
+# A LlamaAttention with a forward of its own.
+MISTRAL_ATTENTION = "vllm.model_executor.models.mistral:MistralAttention"
 CONNECTOR_HOSTS = (
     "vllm.v1.worker.kv_connector_model_runner_mixin",
     "vllm.v1.worker.gpu.kv_connector",
@@ -103,7 +105,7 @@ def attention_has_a_rotary_embedding() -> None:
 
 def attention_is_called_with_queries_keys_and_values() -> None:
     """Each known decoder stack calls ``attn(q, k, v)`` once, keys with their positions in them."""
-    for symbol in ATTENTIONS:
+    for symbol in (*ATTENTIONS, MISTRAL_ATTENTION):
         forward = _tree(_named(symbol).forward)
         [call, *others] = _calls(forward, "attn")
         plain = len(call.args) == 3 and not call.keywords and not others

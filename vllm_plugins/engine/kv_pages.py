@@ -43,9 +43,12 @@ LAYOUTS: tuple[Split, ...] = (_interleaved, _transposed_keys)
 class KVPages:
     """Keys and values of single tokens in the paged cache, by slot.
 
+    Attributes:
+        block_size: Tokens of a block of the KV cache manager, which slots are counted in.
+
     Args:
         runner: The worker's model and KV cache.
-        layer_names: The attention layers, in order.
+        layer_names: The attention layers, in order, of one KV cache group.
 
     Raises:
         PluginError: The cache is quantised, or its layout is not known.
@@ -65,7 +68,9 @@ class KVPages:
                 f"{type(first.impl).__name__} has a cache of unknown form {tuple(cache.shape)}",
                 "use --attention-backend FLASH_ATTN, TRITON_ATTN or the CPU's own",
             )
-        self.num_heads, self.block_size = cache.shape[1], cache.shape[2]
+        # An attention kernel's blocks may be smaller than those that requests hold.
+        self.num_heads, self._kernel_block = cache.shape[1], cache.shape[2]
+        self.block_size = runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self.head_size = cache.shape[3] // 2
         self.dtype, self.device = cache.dtype, cache.device
         self._split = self._probe()
@@ -114,14 +119,14 @@ class KVPages:
         return self._gather(self._split(self._layers[layer].kv_cache)[1], slots)
 
     def _gather(self, view: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        block, offset = slots // self.block_size, slots % self.block_size
+        block, offset = slots // self._kernel_block, slots % self._kernel_block
         return view[block, :, offset]
 
     def _probe(self) -> Split:
         generator = torch.Generator().manual_seed(0)
-        shape = (2, self.block_size, self.num_heads, self.head_size)
+        shape = (2, self._kernel_block, self.num_heads, self.head_size)
         keys, values = torch.randn(shape, generator=generator).to(self.device, self.dtype)
-        slots = torch.arange(self.block_size, device=self.device)
+        slots = torch.arange(self._kernel_block, device=self.device)
         self.write(0, keys, values, slots)
         for split in LAYOUTS:
             self._split = split

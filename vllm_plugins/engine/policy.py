@@ -182,8 +182,8 @@ class SchedulerPolicy:
     def waiting_key(self) -> WaitingKey | None:
         """Return the key that orders waiting requests, or None to leave the order alone.
 
-        It is asked once in each request's wait, with `prefill_left`, or by a policy that knows
-        better what is left.
+        Called once, before `bind`. The key is asked whenever a request enters the queue, with
+        `prefill_left`, or by a policy that knows better what is left as often as it likes.
         """
         return None
 

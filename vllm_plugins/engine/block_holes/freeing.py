@@ -116,9 +116,12 @@ class HolePolicy(SchedulerPolicy):
     def bind(self, facts: SchedulerFacts, metrics: Metrics) -> None:
         """Let the managers of this engine, and of no other one in the process, see the holes."""
         super().bind(facts, metrics)
-        for manager in facts.kv_cache_manager.coordinator.single_type_managers:
-            if isinstance(manager, HoleManager):
-                manager.holes = self._holes
+        every = facts.kv_cache_manager.coordinator.single_type_managers
+        managers = [manager for manager in every if isinstance(manager, HoleManager)]
+        for manager in managers:
+            manager.holes = self._holes
+        # Layers that see holes are as many groups as the others' number makes of them.
+        self._groups = len(managers)
 
     def added(self, request: Request, arrived: float) -> None:
         """Plan the holes of a new request."""
@@ -140,7 +143,7 @@ class HolePolicy(SchedulerPolicy):
 
     def _count(self) -> None:
         blocks = sum(hole.blocks for holes in self._holes.values() for hole in holes)
-        self.metric.set(self._held.name, blocks)
+        self.metric.set(self._held.name, blocks * self._groups)
 
 
 class FreedBlocks:
@@ -160,11 +163,11 @@ class FreedBlocks:
         self._take_out = self._on_device if runner.config.use_v2_model_runner else self._on_host
         groups = runner.kv_cache_config.kv_cache_groups
         wanted = set(layers)
-        self._groups = {
-            index: group.kv_cache_spec.block_size
-            for index, group in enumerate(groups)
-            if wanted & set(group.layer_names)
-        }
+        # By the size of their blocks.
+        self._groups: dict[int, list[int]] = {}
+        for index, group in enumerate(groups):
+            if wanted & set(group.layer_names):
+                self._groups.setdefault(group.kv_cache_spec.block_size, []).append(index)
 
     def take_out(self, plan: StepPlan, common: CommonAttentionMetadata) -> None:
         """Write the null block where a step makes holes; it takes effect in the next step.
@@ -173,25 +176,35 @@ class FreedBlocks:
             plan: Of the step, perhaps in an attention kernel's smaller blocks.
             common: The step's metadata.
         """
-        for group, size in self._groups.items():
+        for size, groups in self._groups.items():
             split = size // plan.block_size
             rows, columns = plan.hidden[0, ::split], plan.hidden[1, ::split] // split
-            self._take_out(group, rows, columns, common)
+            self._take_out(groups, rows, columns, common)
 
     def _on_host(
-        self, group: int, rows: np.ndarray, columns: np.ndarray, common: CommonAttentionMetadata
+        self,
+        groups: list[int],
+        rows: np.ndarray,
+        columns: np.ndarray,
+        common: CommonAttentionMetadata,
     ) -> None:
         batch, requests = self._runner.input_batch, self._runner.requests
-        batch.block_table[group].block_table.np[rows, columns] = 0
-        for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
-            # A request that leaves the batch for a while comes back with what is kept here.
-            requests[batch.req_ids[row]].block_ids[group][column] = 0
+        for group in groups:
+            batch.block_table[group].block_table.np[rows, columns] = 0
+            for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
+                # A request that leaves the batch for a while comes back with what is kept here.
+                requests[batch.req_ids[row]].block_ids[group][column] = 0
 
     def _on_device(
-        self, group: int, rows: np.ndarray, columns: np.ndarray, common: CommonAttentionMetadata
+        self,
+        groups: list[int],
+        rows: np.ndarray,
+        columns: np.ndarray,
+        common: CommonAttentionMetadata,
     ) -> None:
         assert common.req_idx is not None
-        table = self._runner.block_tables.block_tables[group].gpu
+        tables = [self._runner.block_tables.block_tables[group].gpu for group in groups]
         where = torch.from_numpy(np.stack((common.req_idx[rows], columns)).astype(np.int64))
-        where = where.to(table.device, non_blocking=True)
-        table[where[0], where[1]] = 0
+        where = where.to(tables[0].device, non_blocking=True)
+        for table in tables:
+            table[where[0], where[1]] = 0
