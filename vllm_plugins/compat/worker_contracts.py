@@ -239,7 +239,7 @@ CACHE = (
     has("vllm.v1.core.kv_cache_utils:BlockHash", "", "Type of a block's hash.", kind="object"),
     has(_REQUEST,
         "block_hashes cache_salt kv_transfer_params mm_features num_preemptions prompt_embeds "
-        "is_finished",
+        "is_finished num_output_tokens",
         "Domain and wishes of a request; hashes that keep its blocks out of the prefix cache."),
     method(f"{_REQUEST}.update_block_hashes", "", "Hashes the blocks after those that are."),
     behaves(f"{_REQUEST}.update_block_hashes", behaviours.block_hashes_are_a_chain,
