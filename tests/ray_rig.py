@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.serving import SERVE_DEFAULTS
 from vllm_plugins.deploy.calls import CallError, free_port
@@ -23,6 +25,10 @@ from vllm_plugins.deploy.router_admin import RouterAdmin, seen
 from vllm_plugins.routing import Role
 
 HOST = "127.0.0.1"
+NEEDS_RAY = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None,
+    reason="ray is not installed: pip install 'ray[serve]'",
+)
 OUTPUT_TOKENS = 120
 SECONDS = 240.0
 

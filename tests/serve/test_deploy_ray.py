@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import threading
@@ -15,18 +14,11 @@ import pytest
 
 from tests import models
 from tests.pd_servers import COMMON, prompt
-from tests.ray_rig import SECONDS, Deployed, alive, busy, deploying, metric, wait_for
+from tests.ray_rig import NEEDS_RAY, SECONDS, Deployed, alive, busy, deploying, metric, wait_for
 from vllm_plugins.deploy.router_admin import seen
 from vllm_plugins.routing import Role
 
-pytestmark = [
-    pytest.mark.serve,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("ray") is None,
-        reason="ray is not installed: pip install 'ray[serve]'",
-    ),
-]
+pytestmark = [pytest.mark.serve, pytest.mark.slow, NEEDS_RAY]
 
 
 @pytest.fixture(scope="module")

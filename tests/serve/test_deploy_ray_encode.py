@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -13,19 +12,12 @@ import pytest
 from vision import tiny_llava
 
 from tests.pd_servers import COMMON, post
-from tests.ray_rig import SECONDS, Deployed, alive, busy, deploying, metric, wait_for
+from tests.ray_rig import NEEDS_RAY, SECONDS, Deployed, alive, busy, deploying, metric, wait_for
 from tests.serve.test_serve_epd import TEMPLATE, body, text
 from vllm_plugins.deploy.router_admin import seen
 from vllm_plugins.routing import Role
 
-pytestmark = [
-    pytest.mark.serve,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("ray") is None,
-        reason="ray is not installed: pip install 'ray[serve]'",
-    ),
-]
+pytestmark = [pytest.mark.serve, pytest.mark.slow, NEEDS_RAY]
 CHAT = "/v1/chat/completions"
 
 

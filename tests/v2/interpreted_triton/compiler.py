@@ -11,6 +11,6 @@ class InterpretedBackend(BaseBackend):
         return False
 
     def hash(self):
-        raise NotImplementedError("kernels are interpreted")
+        raise RuntimeError("kernels are interpreted, and something asked to compile one")
 
     parse_options = add_stages = load_dialects = get_module_map = hash

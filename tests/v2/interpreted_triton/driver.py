@@ -17,6 +17,6 @@ class InterpretedDriver(DriverBase):
         return torch.device("cpu")
 
     def get_current_target(self):
-        raise NotImplementedError("kernels are interpreted")
+        raise RuntimeError("kernels are interpreted, and something asked to compile one")
 
     map_python_to_cpp_type = get_benchmarker = get_current_target
