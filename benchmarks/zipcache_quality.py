@@ -17,7 +17,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,7 @@ class Setting:
         normalizer: As the plug-in's option.
         scaled: Whether values have a scale for each channel.
         first: First tokens that are salient at any rate.
-        keys: Share of the tokens whose keys have four bits, where it is not ``ratio``. The plug-in
-            has no such pages; what they would be worth is measured here.
+        keys: As the plug-in's option ``key_salient_ratio``.
     """
 
     bits: str
@@ -80,16 +79,7 @@ class Setting:
 
     def page(self, head_size: int) -> PageFormat:
         """Return the format of its pages."""
-        return PageFormat.of(self.block, head_size, self.bits, self.ratio)
-
-    def of_keys(self) -> Setting:
-        """Return the setting whose salient tokens are those of the keys."""
-        return self if self.keys is None else replace(self, ratio=self.keys, keys=None)
-
-    def token_bytes(self, head_size: int) -> int:
-        """Return the bytes of a token and KV head."""
-        page, keys = self.page(head_size), self.of_keys().page(head_size)
-        return -(-(page.size + (keys.salient - page.salient) * page.row) // self.block)
+        return PageFormat.of(self.block, head_size, self.bits, self.ratio, self.keys)
 
 
 def settings() -> Iterator[Setting]:
@@ -110,6 +100,7 @@ def settings() -> Iterator[Setting]:
     yield Setting("4/2", 1, block=128, keys=0.6)
     for ratio in (0, 0.3, 0.6):
         yield Setting("4/2", ratio, block=128, keys=1)
+    yield Setting("4/2", 0.3, block=128, keys=0.8)
 
 
 class Recorder:
@@ -191,7 +182,7 @@ def compute(model: Any, recorder: Recorder, ids: torch.Tensor) -> Prompt:
 
 
 def salient_tokens(prompt: Prompt, layer: int, setting: Setting, page: PageFormat) -> torch.Tensor:
-    """Return which tokens a setting calls salient, bool, shape (kv heads, blocks, N)."""
+    """Return whose keys and values a setting calls salient, bool, (kv heads, blocks, 2, N)."""
     positions = torch.arange(CONTEXT).numpy()
     weight = saliency.weights(prompt.seen, positions, CONTEXT, setting.normalizer)
     scores = prompt.sums[layer] * torch.from_numpy(weight)
@@ -199,19 +190,19 @@ def salient_tokens(prompt: Prompt, layer: int, setting: Setting, page: PageForma
         scores = torch.rand(scores.shape, generator=torch.Generator().manual_seed(layer))
     scores[:, : setting.first] = torch.inf
     if setting.choice == "global":
-        chosen = saliency.choose(scores, round(setting.ratio * CONTEXT))
-        return chosen.unflatten(1, (-1, setting.block))
-    return saliency.choose(scores.unflatten(1, (-1, setting.block)), page.salient)
+        whole = PageFormat.of(CONTEXT, page.head_size, setting.bits, setting.ratio, setting.keys)
+        chosen = saliency.choose_both(scores, whole)
+        return chosen.unflatten(-1, (-1, setting.block)).transpose(1, 2)
+    return saliency.choose_both(scores.unflatten(1, (-1, setting.block)), page)
 
 
 def packed(prompt: Prompt, setting: Setting) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Return keys and values of each layer as a setting's cache gives them back."""
-    of_keys, size = setting.of_keys(), prompt.keys[0].shape[-1]
+    page = setting.page(prompt.keys[0].shape[-1])
     for layer, (keys, values) in enumerate(zip(prompt.keys, prompt.values, strict=True)):
         k, v = (x.unflatten(1, (-1, setting.block)) for x in (keys, values))
         codes = quantiser.quantise(k, v, setting.scaled)
-        chosen = [salient_tokens(prompt, layer, x, x.page(size)) for x in (of_keys, setting)]
-        k, v = (quantiser.dequantise(codes, x)[i] for i, x in enumerate(chosen))
+        k, v = quantiser.dequantise(codes, salient_tokens(prompt, layer, setting, page))
         yield k.flatten(1, 2), v.flatten(1, 2)
 
 
@@ -266,7 +257,7 @@ def row(model: Any, setting: Setting, increases: list[float]) -> dict[str, Any]:
     """Return what is reported of a setting."""
     config = model.config
     size = config.hidden_size // config.num_attention_heads
-    each = setting.token_bytes(size)
+    each = setting.page(size).token_bytes
     token = each * config.num_key_value_heads * config.num_hidden_layers
     mean = statistics.mean(increases)
     spread = statistics.stdev(increases) / len(increases) ** 0.5 if len(increases) > 1 else 0.0
@@ -274,13 +265,13 @@ def row(model: Any, setting: Setting, increases: list[float]) -> dict[str, Any]:
         "bits": setting.bits,
         "salient ratio": setting.ratio,
         "choice": setting.choice,
-        "salient ratio of keys": setting.of_keys().ratio,
+        "salient ratio of keys": setting.ratio if setting.keys is None else setting.keys,
         "increase": math.exp(mean) - 1,
         "error": spread,
         "bytes per token": token,
         "tokens per GiB": 2**30 // (token * setting.block) * setting.block,
         "smaller than bfloat16": 4 * size / each,
-        "smaller than bfloat16, heads of 128": 512 / setting.token_bytes(128),
+        "smaller than bfloat16, heads of 128": 512 / setting.page(128).token_bytes,
     }
 
 

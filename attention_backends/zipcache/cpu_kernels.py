@@ -28,8 +28,8 @@ class _Layer(ctypes.Structure):
         *_fields(ctypes.c_void_p, "cache"),
         *_fields(ctypes.c_int64, "block_stride", "head_stride"),
         *_fields(ctypes.c_void_p, "residual", "residual_sums", "staging", "staging_sums"),
-        *_fields(ctypes.c_int32, "kv_heads", "head_size", "block_size", "salient", "scale_values"),
-        *_fields(ctypes.c_int32, "dtype"),
+        *_fields(ctypes.c_int32, "kv_heads", "head_size", "block_size", "k_salient", "v_salient"),
+        *_fields(ctypes.c_int32, "scale_values", "dtype"),
     )
 
 
@@ -157,7 +157,8 @@ def _layer(layer: LayerMemory) -> _Layer:
         kv_heads=layer.residual.shape[1],
         head_size=page.head_size,
         block_size=page.block_size,
-        salient=page.salient,
+        k_salient=page.k_salient,
+        v_salient=page.v_salient,
         scale_values=layer.scaled,
         dtype=DTYPES[layer.residual.dtype],
     )

@@ -196,9 +196,11 @@ class ZipCacheCudaImpl(PackedLayer, FlashAttentionImpl):
         return BlockTables(num_blocks, config.scheduler_config.max_num_batched_tokens, device)
 
     @staticmethod
-    def backend(bits: str, salient_ratio: float) -> type[PackedPages]:
+    def backend(
+        bits: str, salient_ratio: float, key_salient_ratio: float | None
+    ) -> type[PackedPages]:
         """Return the backend that asks vLLM for such pages."""
-        return packed_backend(PackedCudaBackend, bits, salient_ratio)
+        return packed_backend(PackedCudaBackend, bits, salient_ratio, key_salient_ratio)
 
     def use_cache(self, kv_cache: torch.Tensor) -> None:
         """Take the layer's pages, uint8, shape (blocks, kv heads, N, bytes of a token)."""

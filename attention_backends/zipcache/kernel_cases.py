@@ -41,7 +41,7 @@ def kernel_cases(shape: KernelShape, load: Load, options: dict[str, Any]) -> Seq
             f"use one of {', '.join(map(str, BLOCK_SIZES))}",
         )  # fmt: skip
     chosen = ZipCacheOptions.model_validate(options)
-    page = PageFormat.of(shape.block_size, shape.head_size, chosen.bits, chosen.salient_ratio)
+    page = PageFormat.of(shape.block_size, shape.head_size, *chosen.shares)
     layer = _layer(shape, load, page)
     tokens = load.batch * load.context
     return [

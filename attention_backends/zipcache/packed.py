@@ -19,6 +19,7 @@ class PackedPages:
     forward_includes_kv_cache_update: bool = True
     bits: ClassVar[str]
     salient_ratio: ClassVar[float]
+    key_salient_ratio: ClassVar[float | None]
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
@@ -28,13 +29,18 @@ class PackedPages:
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Let the cache be made of packed pages, so that it holds more blocks."""
-        page = PageFormat.of(spec.block_size, spec.head_size, cls.bits, cls.salient_ratio)
+        page = PageFormat.of(
+            spec.block_size, spec.head_size, cls.bits, cls.salient_ratio, cls.key_salient_ratio
+        )
         return dataclasses.replace(spec, dtype=torch.uint8, state_content_bytes=page.token_bytes)
 
 
 @functools.cache
 def packed_backend(
-    backend: type[PackedPages], bits: str, salient_ratio: float
+    backend: type[PackedPages],
+    bits: str,
+    salient_ratio: float,
+    key_salient_ratio: float | None = None,
 ) -> type[PackedPages]:
     """Return a backend whose pages have the format of the plug-in's options.
 
@@ -44,6 +50,9 @@ def packed_backend(
         backend: The platform's.
         bits: Of salient and of other tokens.
         salient_ratio: Share of a block's tokens that are salient.
+        key_salient_ratio: The same of keys, where it is not that of values.
     """
-    name = f"{backend.__name__}[{bits},{salient_ratio:g}]"
-    return type(name, (backend,), {"bits": bits, "salient_ratio": salient_ratio})
+    of_keys = "" if key_salient_ratio is None else f",{key_salient_ratio:g}"
+    options = {"bits": bits, "salient_ratio": salient_ratio, "key_salient_ratio": key_salient_ratio}
+    # vLLM puts layers in one group by their backends' names.
+    return type(f"{backend.__name__}[{bits},{salient_ratio:g}{of_keys}]", (backend,), options)

@@ -36,6 +36,13 @@ class ZipCacheOptions(Options):
         le=1,
         description="With bits=4/2, share of the salient tokens, in whole tokens of a block.",
     )
+    key_salient_ratio: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="The same for keys alone, which lose more by two bits than values do; "
+        "salient_ratio is then that of values. By default, as in the paper, both have the same.",
+    )
     probe_recent: float = Field(
         0.05,
         ge=0,
@@ -77,13 +84,19 @@ class ZipCacheOptions(Options):
 
     @model_validator(mode="after")
     def _consistent(self) -> ZipCacheOptions:
-        default = type(self).model_fields["salient_ratio"].default
-        if self.bits != "4/2" and self.salient_ratio != default:
-            raise ValueError(f"salient_ratio has no meaning with bits={self.bits}")
-        chooses = self.bits == "4/2" and 0 < self.salient_ratio < 1
-        if chooses and self.probe_recent == self.probe_random == 0:
+        for name in ("salient_ratio", "key_salient_ratio"):
+            default = type(self).model_fields[name].default
+            if self.bits != "4/2" and getattr(self, name) != default:
+                raise ValueError(f"{name} has no meaning with bits={self.bits}")
+        ratios = {self.salient_ratio, self.key_salient_ratio} - {None, 0, 1}
+        if self.bits == "4/2" and ratios and self.probe_recent == self.probe_random == 0:
             raise ValueError("probe_recent=0 and probe_random=0 leave nothing to score tokens by")
         return self
+
+    @property
+    def shares(self) -> tuple[str, float, float | None]:
+        """What decides how many tokens are salient: bits, and the share in general and of keys."""
+        return self.bits, self.salient_ratio, self.key_salient_ratio
 
     def skipped(self, num_layers: int) -> frozenset[int]:
         """Return the layers that keep vLLM's own cache.

@@ -108,14 +108,15 @@ def dequantise(
 
     Args:
         codes: Of whole blocks.
-        salient: Which tokens have low bits, bool, shape (..., N).
+        salient: Which tokens have low bits, of keys and of values, bool, shape (..., 2, N).
         dtype: Of the result and of the arithmetic.
 
     Returns:
         Keys and values, shape (..., N, D).
     """
-    keys = _rebuild(codes.keys, salient, dtype) * codes.k_step.to(dtype)[..., None, :]
-    values = _rebuild(codes.values, salient, dtype) * codes.v_step.to(dtype)[..., None]
+    of_keys, of_values = salient.unbind(-2)
+    keys = _rebuild(codes.keys, of_keys, dtype) * codes.k_step.to(dtype)[..., None, :]
+    values = _rebuild(codes.values, of_values, dtype) * codes.v_step.to(dtype)[..., None]
     values = (values + codes.v_min.to(dtype)[..., None]) * codes.v_scale.to(dtype)[..., None, :]
     return keys + codes.k_min.to(dtype)[..., None, :], values
 
@@ -163,16 +164,16 @@ def seal(low: torch.Tensor, salient: torch.Tensor, pages: torch.Tensor, page: Pa
 
     Args:
         low: Of all tokens, as `low_planes`.
-        salient: bool, shape (..., N), ``page.salient`` of each block.
+        salient: Of keys, then of values, bool, shape (..., 2, N); ``page.quotas`` of each block.
         pages: uint8, shape (..., page bytes).
         page: The format.
     """
-    kept = salient[..., None, :, None].expand(low.shape)
-    shape = (*low.shape[:-3], 2 * page.salient * page.row)
+    kept = salient[..., None].expand(low.shape)
+    shape = (*low.shape[:-3], sum(page.quotas) * page.row)
     _put(pages, page.k_low, low[kept].view(shape))
-    bits = salient.unflatten(-1, (-1, 8)).to(torch.uint8)
+    bits = salient[..., list(page.marked), :].unflatten(-1, (-1, 8)).to(torch.uint8)
     shifts = torch.arange(8, dtype=torch.uint8, device=low.device)
-    _put(pages, page.bitmap, (bits << shifts).sum(dim=-1, dtype=torch.uint8))
+    _put(pages, page.k_bitmap, (bits << shifts).sum(dim=-1, dtype=torch.uint8).flatten(-2))
 
 
 def read_page(
@@ -186,16 +187,16 @@ def read_page(
         low: Low planes of all tokens where the blocks are not sealed.
 
     Returns:
-        Codes, and which tokens have low bits, bool, shape (..., N).
+        Codes, and which tokens have low bits, of keys and of values, bool, shape (..., 2, N).
     """
     n, row = page.block_size, page.row
     if low is None:
         salient = _salient(pages, page)
         low = pages.new_zeros((*pages.shape[:-1], 2, n, row))
-        kept = salient[..., None, :, None].expand(low.shape)
+        kept = salient[..., None].expand(low.shape)
         low[kept] = pages[..., page.k_low : page.k_min].flatten()
     else:
-        salient = torch.ones((*pages.shape[:-1], n), dtype=torch.bool, device=pages.device)
+        salient = torch.ones((*pages.shape[:-1], 2, n), dtype=torch.bool, device=pages.device)
     high = pages[..., page.k_high : page.k_low].unflatten(-1, (2, n, row))
     keys, values = (unpack_plane(high) * 4 + unpack_plane(low)).unbind(-3)
     shapes = {"k_min": page.head_size, "k_step": page.head_size, "v_scale": page.head_size,
@@ -205,9 +206,16 @@ def read_page(
 
 
 def _salient(pages: torch.Tensor, page: PageFormat) -> torch.Tensor:
-    bits = pages[..., page.bitmap : page.size, None]
+    bits = pages[..., page.k_bitmap : page.size, None]
     shifts = torch.arange(8, dtype=torch.uint8, device=pages.device)
-    return ((bits >> shifts) & 1).flatten(-2).bool()
+    marks = ((bits >> shifts) & 1).flatten(-2).bool().unflatten(-1, (-1, page.block_size))
+    of_keys, of_values = marks[..., 0, :], marks[..., -1, :]
+    # A quota of all tokens or of none may have the other one's bits in its place.
+    every = [
+        own if 0 < quota < page.block_size else torch.full_like(own, quota > 0)
+        for quota, own in zip(page.quotas, (of_keys, of_values), strict=True)
+    ]
+    return torch.stack(every, dim=-2)
 
 
 def _halves(pages: torch.Tensor, offset: int, count: int) -> torch.Tensor:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vllm_plugins.attention_backends.zipcache.page import PageFormat
+
 
 @dataclass(frozen=True)
 class Probing:
@@ -121,3 +123,18 @@ def choose(scores: torch.Tensor, count: int) -> torch.Tensor:
     """
     order = scores.argsort(dim=-1, descending=True, stable=True)
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :count], value=True)
+
+
+def choose_both(scores: torch.Tensor, page: PageFormat) -> torch.Tensor:
+    """Return whose keys and whose values are salient, by one ranking of a block's tokens.
+
+    So the tokens of the smaller quota are among those of the larger one.
+
+    Args:
+        scores: Shape (..., N).
+        page: What has the quotas.
+
+    Returns:
+        bool, of keys and of values, shape (..., 2, N).
+    """
+    return torch.stack([choose(scores, quota) for quota in page.quotas], dim=-2)

@@ -64,8 +64,10 @@ def _write_block(
     pages = layer.cache[block]
     quantiser.write_page(codes, pages, layer.page)
     if state == SEALED:
-        every = torch.full((len(pages), size), fill_value=layer.page.salient > 0)
-        quantiser.seal(quantiser.low_planes(codes), every, pages, layer.page)
+        # Without a choice to make a quota is all tokens or none.
+        every = torch.tensor(layer.page.quotas)[:, None] > 0
+        salient = every.expand(len(pages), 2, size)
+        quantiser.seal(quantiser.low_planes(codes), salient, pages, layer.page)
         return
     layer.staging[state] = quantiser.low_planes(codes)
     sums = layer.residual_sums[row.residual] if last - first < size else 0
@@ -171,5 +173,4 @@ def seal(layer: LayerMemory, seals: Seals) -> None:
         # What is no number is below all scores, as in the other kernels.
         scores = (sums * seals.weight[i]).nan_to_num(nan=-1.0, posinf=torch.inf)
         scores[:, : int(seals.forced[i])] = torch.inf
-        salient = saliency.choose(scores, layer.page.salient)
-        quantiser.seal(low, salient, pages, layer.page)
+        quantiser.seal(low, saliency.choose_both(scores, layer.page), pages, layer.page)

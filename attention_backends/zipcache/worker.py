@@ -47,7 +47,7 @@ class PackedLayer(ABC):
 
     @staticmethod
     @abstractmethod
-    def backend(bits: str, salient_ratio: float) -> type[Any]:
+    def backend(bits: str, salient_ratio: float, key_salient_ratio: float | None) -> type[Any]:
         """Return vLLM's backend class that asks for pages of these options."""
 
     @staticmethod
@@ -107,7 +107,7 @@ class ZipCacheListener(WorkerListener):
                 continue
             memory = self._take_memory(layer)
             layer.impl.pack(memory)
-            layer.attn_backend = layer.impl.backend(self._options.bits, self._options.salient_ratio)
+            layer.attn_backend = layer.impl.backend(*self._options.shares)
             self._packed[name] = layer.impl
             total += memory.bytes
         impls = list(self._packed.values())
@@ -125,8 +125,8 @@ class ZipCacheListener(WorkerListener):
         return int(self._config.model_config.get_total_num_hidden_layers())
 
     def _page(self, head_size: int) -> PageFormat:
-        options, size = self._options, self._config.cache_config.block_size
-        return PageFormat.of(size, head_size, options.bits, options.salient_ratio)
+        size = self._config.cache_config.block_size
+        return PageFormat.of(size, head_size, *self._options.shares)
 
     def _take_memory(self, layer: Any) -> LayerMemory:
         page = self._page(layer.head_size)

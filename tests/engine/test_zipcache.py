@@ -223,6 +223,8 @@ def test_later_stages_of_a_pipeline_count_nothing(packed, monkeypatch):
     assert BlockMeter(config)._metrics is None
 
 
+# Values' and keys'.
+TWO_QUOTAS = {"salient_ratio": 0.3, "key_salient_ratio": 0.8}
 TIGHT = {"num_gpu_blocks_override": 24, "max_num_batched_tokens": 8192, "max_model_len": 1024}
 
 
@@ -233,13 +235,15 @@ def tight(packed):
 
     packed.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
-    with engine({"skip_layers": [0], "decode_score": "accumulate"}, **TIGHT) as llm:
+    options = {"skip_layers": [0], "decode_score": "accumulate", **TWO_QUOTAS}
+    with engine(options, **TIGHT) as llm:
         yield llm
 
 
 def test_skipped_layers_keep_their_own_cache(tight):
     caches = worker_of(tight).model_runner.kv_caches
-    page = PageFormat.of(BLOCK, 32, "4/2", 0.6)
+    page = PageFormat.of(BLOCK, 32, "4/2", *TWO_QUOTAS.values())
+    assert page.quotas == (51, 19)
     assert [x.shape[-1] for x in caches] == [64, *[page.token_bytes] * 3]
 
 

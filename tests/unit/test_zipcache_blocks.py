@@ -51,8 +51,9 @@ def test_a_prompt_is_staged_until_its_end_and_sealed_before_the_next_step():
 
 
 @pytest.mark.parametrize("salient", [0, N])
-def test_without_a_choice_prompts_are_sealed_as_they_are_written(salient):
-    steps = Steps(KERNELS, salient=salient, staged=0)
+@pytest.mark.parametrize("of_keys", [0, N])
+def test_without_a_choice_prompts_are_sealed_as_they_are_written(salient, of_keys):
+    steps = Steps(KERNELS, salient=salient, of_keys=of_keys, staged=0)
     request = steps.request("a", 2 * N + 3, 3 * N)
     steps.step((request, N + 1))
     assert states(steps, request) == ["sealed", "raw"]

@@ -11,6 +11,8 @@ from vllm_plugins.attention_backends.zipcache.batch import RAW, SEALED
 from vllm_plugins.attention_backends.zipcache.saliency import Probing
 
 N = 32
+# Of keys and of values: each of them all tokens, none, or some.
+QUOTAS = [(N, 12), (0, 12), (12, N), (12, 0), (25, 7), (7, 25), (N, 0), (0, N)]
 # Outputs are means of values of about 1; half precision rounds them.
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
@@ -52,8 +54,10 @@ def seen_by_last(steps, request):
 
 def test_the_page_is_as_large_as_python_says():
     for size, block, salient in ((32, 32, 20), (80, 64, 0), (128, 128, 128), (256, 256, 77)):
-        memory = Steps(cpu_kernels, size=size, block=block, salient=salient).memory
-        assert cpu_kernels.page_size(memory) == memory.page.size
+        for of_keys in (salient, 0, 3, block):
+            options = {"size": size, "block": block, "salient": salient, "of_keys": of_keys}
+            memory = Steps(cpu_kernels, **options).memory
+            assert cpu_kernels.page_size(memory) == memory.page.size
 
 
 @pytest.mark.parametrize("length", [1, 2, 31, 32])
@@ -72,10 +76,38 @@ def test_a_prompt_in_one_chunk_is_exact_and_its_decodes_see_the_cache(kernels, l
     prefill(steps, request, [length])
     assert error(steps, request) < TOLERANCE[torch.float32]
     steps.step((request, 1))
+    check_last(steps, request)
+
+
+def check_last(steps, request):
+    """Compare what the last query got with exact attention to what the reference reads."""
     keys, values = seen_by_last(steps, request)
+    position = request.computed - 1
     # The query's own key is read as it came, also where it fills a block.
-    wanted = exact(request.query[length : length + 1], keys, values, steps.scale, length)
+    wanted = exact(request.query[position : position + 1], keys, values, steps.scale, position)
     torch.testing.assert_close(request.outputs[-1].double(), wanted, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize(("of_keys", "salient"), QUOTAS)
+@pytest.mark.parametrize("heads", [1, 8])
+def test_keys_and_values_have_quotas_of_their_own(kernels, of_keys, salient, heads):
+    """Decodes and chunks see sealed and staged blocks as the reference reads them."""
+    steps = Steps(kernels, heads=heads, kv_heads=1, size=48, of_keys=of_keys, salient=salient)
+    request = steps.request("a", 3 * N + 5, 4 * N + 5)
+    prefill(steps, request, [2 * N, N + 5])
+    for _ in range(2):
+        decode(steps, request, count=1)
+        check_last(steps, request)
+    # A block of generated tokens is sealed.
+    decode(steps, request, count=N - 3)
+    check_last(steps, request)
+    pages = steps.memory.cache[request.blocks[:4]]
+    _, marked = quantiser.read_page(pages, steps.memory.page)
+    keys, values = marked.unbind(-2)
+    assert bool((keys.sum(-1) == of_keys).all()) and bool((values.sum(-1) == salient).all())
+    # By one ranking, so that the fewer are among the more.
+    fewer, more = (keys, values) if of_keys < salient else (values, keys)
+    assert not bool((fewer & ~more).any())
 
 
 SHAPES = [(1, 1, 16), (2, 1, 32), (3, 1, 48), (4, 1, 64), (10, 2, 80), (6, 1, 96), (7, 1, 112),
@@ -85,9 +117,19 @@ SHAPES = [(1, 1, 16), (2, 1, 32), (3, 1, 48), (4, 1, 64), (10, 2, 80), (6, 1, 96
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), SHAPES)
 def test_compiled_and_torch_do_the_same(dtype, heads, kv_heads, size):
+    compare(dtype, heads=heads, kv_heads=kv_heads, size=size, seed=size)
+
+
+@pytest.mark.parametrize(("of_keys", "salient"), QUOTAS)
+def test_they_do_the_same_with_two_quotas(of_keys, salient):
+    compare(torch.float32, heads=6, kv_heads=2, size=80, of_keys=of_keys, salient=salient)
+
+
+def compare(dtype, **options):
+    """Serve the same requests by both paths: equal outputs, codes and ranges."""
     found = []
     for path in (cpu_kernels, torch_kernels):
-        steps = Steps(path, heads=heads, kv_heads=kv_heads, size=size, dtype=dtype, seed=size)
+        steps = Steps(path, dtype=dtype, **options)
         a, b = steps.request("a", 3 * N + 5, 5 * N), steps.request("b", N + 3, 4 * N)
         steps.step((a, 40), (b, 3))
         steps.step((b, N), (a, 61))
@@ -104,6 +146,8 @@ def test_compiled_and_torch_do_the_same(dtype, heads, kv_heads, size):
     pages = [x.memory.cache[blocks][..., : page.size] for x in (one, two)]
     codes = [quantiser.read_page(x, page) for x in pages]
     assert torch.equal(pages[0][..., : page.k_low], pages[1][..., : page.k_low])
+    ranges = slice(page.k_min, page.k_bitmap)
+    assert torch.equal(pages[0][..., ranges], pages[1][..., ranges])
     assert (codes[0][1] != codes[1][1]).float().mean() < 0.02
 
 
@@ -139,7 +183,7 @@ def test_chunks_do_not_change_codes(kernels, chunks):
     (one, _, kept), (two, _, other) = found
     page = whole.memory.page
     assert torch.equal(one[..., : page.k_low], two[..., : page.k_low])
-    assert torch.equal(one[..., page.k_min : page.bitmap], two[..., page.k_min : page.bitmap])
+    assert torch.equal(one[..., page.k_min : page.k_bitmap], two[..., page.k_min : page.k_bitmap])
     assert (kept != other).float().mean() < 0.1
 
 
@@ -226,7 +270,7 @@ def test_what_is_no_number_stays_within_its_request(kernels, bad):
         found.append((good.output, steps.memory.cache[good.blocks[:4]]))
         pages = steps.memory.cache[other.blocks[:3]]
         _, salient = quantiser.read_page(pages, steps.memory.page)
-        assert (salient.sum(-1) == steps.memory.page.salient).all()
+        assert (salient.sum(-1) == steps.memory.page.v_salient).all()
     assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 
@@ -236,8 +280,8 @@ def test_the_first_tokens_are_salient_at_any_rate(kernels):
     prefill(steps, request, [2 * N])
     decode(steps, request, count=1)
     _, salient = quantiser.read_page(steps.memory.cache[request.blocks[:2]], steps.memory.page)
-    assert bool(salient[0, :, :4].all())
-    assert not bool(salient[1, :, :4].all())
+    assert bool(salient[0, ..., :4].all())
+    assert not bool(salient[1, ..., :4].all())
 
 
 @pytest.mark.parametrize("score", ["last_query", "accumulate"])
@@ -264,7 +308,7 @@ def test_blocks_of_generated_tokens_are_scored(kernels, score):
     _, salient = quantiser.read_page(steps.memory.cache[request.blocks[1]], steps.memory.page)
     weight = 1 / torch.arange(N, 0, -1) if score == "accumulate" else 1.0
     best = (sums * weight).topk(16, dim=1).indices
-    assert all(bool(salient[h, best[h]].all()) for h in range(2))
+    assert all(bool(salient[h, :, best[h]].all()) for h in range(2))
 
 
 def test_what_bench_times_runs():

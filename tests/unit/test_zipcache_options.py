@@ -186,7 +186,13 @@ def test_staging_holds_what_a_step_fills(config):
     ("values", "reason"),
     [
         ({"bits": "4/4", "salient_ratio": 0.5}, "salient_ratio has no meaning with bits=4/4"),
+        ({"bits": "2/2", "key_salient_ratio": 1}, "key_salient_ratio has no meaning with bits=2/2"),
         ({"probe_recent": 0, "probe_random": 0}, "leave nothing to score tokens by"),
+        (
+            {"salient_ratio": 1, "key_salient_ratio": 0.5, "probe_recent": 0, "probe_random": 0},
+            "leave nothing to score tokens by",
+        ),
+        ({"key_salient_ratio": 1.1}, "less than or equal to 1"),
         ({"salient_ratio": 1.1}, "less than or equal to 1"),
         ({"probe_random": 0.6}, "less than or equal to 0.5"),
         ({"bits": "3/2"}, "4/2"),
@@ -206,3 +212,20 @@ def test_the_compile_cache_tells_packed_layers_from_others():
 def test_one_class_needs_no_probes():
     assert ZipCacheOptions(salient_ratio=1, probe_recent=0, probe_random=0).salient_ratio == 1
     assert ZipCacheOptions(bits="2/2", probe_recent=0, probe_random=0).bits == "2/2"
+    # Keys of four bits and values of two.
+    options = ZipCacheOptions(salient_ratio=0, key_salient_ratio=1, probe_recent=0, probe_random=0)
+    assert options.shares == ("4/2", 0, 1)
+
+
+def test_each_format_of_pages_has_a_backend_of_its_own():
+    """Under a name of its own too: by it vLLM tells groups of layers apart."""
+    from vllm_plugins.attention_backends.zipcache.cpu_backend import PackedCpuBackend
+    from vllm_plugins.attention_backends.zipcache.packed import packed_backend
+
+    shares = [
+        ZipCacheOptions(**x).shares
+        for x in ({}, {"salient_ratio": 0.3}, {"key_salient_ratio": 1}, {"key_salient_ratio": 0.6})
+    ]
+    backends = [packed_backend(PackedCpuBackend, *x) for x in shares]
+    assert backends == [packed_backend(PackedCpuBackend, *x) for x in shares]
+    assert len({x.full_cls_name() for x in backends}) == len(backends)

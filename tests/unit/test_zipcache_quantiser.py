@@ -1,5 +1,7 @@
 """ZipCache's codes, ranges and pages against the letter of the format."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -43,12 +45,13 @@ def test_errors_are_within_half_a_step_and_two_steps(n, d, scaled):
     codes = quantiser.quantise(keys, values, scaled)
     scale = codes.v_scale.double()[:, None, :]
     assert scaled or bool((scale == 1).all())
-    for salient, steps in ((True, 0.5), (False, 2.0)):
-        mask = torch.full(keys.shape[:2], salient)
+    steps, slack = {True: 0.5, False: 2.0}, 1 + 1e-9
+    for salient in itertools.product(steps, steps):
+        mask = torch.tensor(salient)[:, None].expand(len(keys), 2, n)
         k, v = quantiser.dequantise(codes, mask, torch.float64)
-        slack = 1 + 1e-9
-        assert bool(((k - keys).abs() <= steps * slack * codes.k_step.double()[:, None]).all())
-        bound = steps * slack * codes.v_step.double()[..., None] * scale
+        bound = steps[salient[0]] * slack * codes.k_step.double()[:, None]
+        assert bool(((k - keys).abs() <= bound).all())
+        bound = steps[salient[1]] * slack * codes.v_step.double()[..., None] * scale
         assert bool(((v - values).abs() <= bound).all())
 
 
@@ -65,7 +68,7 @@ def test_ranges_are_tight():
 def test_a_block_without_a_range(fill):
     x = torch.full((1, 32, 16), fill)
     codes = quantiser.quantise(x, x)
-    k, v = quantiser.dequantise(codes, torch.ones(1, 32, dtype=torch.bool))
+    k, v = quantiser.dequantise(codes, torch.ones(1, 2, 32, dtype=torch.bool))
     # A range begins at float16's least number at the lowest.
     wanted = max(fill, -65504.0)
     assert bool(torch.isfinite(k).all()) and bool(torch.isfinite(v).all())
@@ -73,22 +76,24 @@ def test_a_block_without_a_range(fill):
 
 
 @pytest.mark.parametrize(("n", "d"), SHAPES)
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_pages_give_back_what_was_written(n, d, share):
-    page = PageFormat(n, d, round(share * n))
+@pytest.mark.parametrize("of_keys", [0.0, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize("of_values", [0.0, 0.3, 1.0])
+def test_pages_give_back_what_was_written(n, d, of_keys, of_values):
+    page = PageFormat(n, d, round(of_keys * n), round(of_values * n))
     keys, values = blocks(n, d, dtype=torch.float32)
     codes = quantiser.quantise(keys, values)
     pages = torch.full((3, page.bytes), 0xFF, dtype=torch.uint8)
-    salient = torch.zeros(3, n, dtype=torch.bool)
+    salient = torch.zeros(3, 2, n, dtype=torch.bool)
     for i in range(3):
         order = torch.randperm(n, generator=torch.Generator().manual_seed(i))
-        salient[i, order[: page.salient]] = True
+        for quota, kept in zip(page.quotas, salient[i], strict=True):
+            kept[order[:quota]] = True
     quantiser.write_page(codes, pages, page)
     low = quantiser.low_planes(codes)
     quantiser.seal(low, salient, pages, page)
     found, which = quantiser.read_page(pages, page)
     assert torch.equal(which, salient)
-    assert torch.equal(which.sum(1), torch.full((3,), page.salient))
+    assert which.sum(-1).tolist() == 3 * [list(page.quotas)]
     for name in ("k_min", "k_step", "v_scale", "v_min", "v_step"):
         assert torch.equal(getattr(found, name), getattr(codes, name))
     for got, wanted in zip(
@@ -109,7 +114,33 @@ def test_the_size_of_pages(n, d, ratio, size):
     page = PageFormat.of(n, d, "4/2", ratio)
     assert page.size == size
     assert page.bytes == -(-size // n) * n
-    assert page.size == n * d // 2 + page.salient * d // 2 + 6 * d + 4 * n + n // 8
+    assert page.size == n * d // 2 + page.v_salient * d // 2 + 6 * d + 4 * n + n // 8
+
+
+def test_a_quota_for_both_is_the_papers():
+    """Whether the same share is said once or twice."""
+    page = PageFormat.of(64, 128, "4/2", 0.6)
+    assert page == PageFormat.of(64, 128, "4/2", 0.6, 0.6)
+    assert page.quotas == (38, 38)
+    assert page.k_bitmap == page.v_bitmap
+    assert PageFormat.of(64, 128, "4/4", 0.6).quotas == (64, 64)
+    assert PageFormat.of(64, 128, "2/2", 0.6).quotas == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("of_keys", "of_values", "token_bytes", "bitmaps"),
+    [(1.0, 0.6, 126, 1), (1.0, 0.3, 116, 1), (0.0, 1.0, 107, 1), (0.8, 0.3, 110, 2)],
+)
+def test_the_size_of_pages_with_two_quotas(of_keys, of_values, token_bytes, bitmaps):
+    """Keys' low planes, values', and bits for each quota that chooses."""
+    n = d = 128
+    page = PageFormat.of(n, d, "4/2", of_values, of_keys)
+    assert page.quotas == (round(of_keys * n), round(of_values * n))
+    low = sum(page.quotas) * d // 4
+    assert page.size == n * d // 2 + low + 6 * d + 4 * n + bitmaps * n // 8
+    assert page.token_bytes == token_bytes
+    assert page.v_low - page.k_low == page.k_salient * d // 4
+    assert page.v_bitmap - page.k_bitmap == (bitmaps - 1) * n // 8
 
 
 def test_all_tokens_salient_is_plain_four_bits():
@@ -117,7 +148,7 @@ def test_all_tokens_salient_is_plain_four_bits():
     _, values = blocks(32, 16, count=1, dtype=torch.float32)
     keys = values.roll(3, dims=-1)
     codes = quantiser.quantise(keys, values)
-    k, v = quantiser.dequantise(codes, torch.ones(1, 32, dtype=torch.bool))
+    k, v = quantiser.dequantise(codes, torch.ones(1, 2, 32, dtype=torch.bool))
 
     def four_bits(x, axis):
         low, high = x.min(axis, keepdims=True), x.max(axis, keepdims=True)

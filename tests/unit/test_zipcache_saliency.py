@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from vllm_plugins.attention_backends.zipcache import saliency
+from vllm_plugins.attention_backends.zipcache.page import PageFormat
 from vllm_plugins.attention_backends.zipcache.saliency import Probing
 
 
@@ -98,3 +99,13 @@ def test_the_choice_has_the_quota_and_prefers_earlier_tokens(count):
     assert chosen.sum(1).tolist() == [count] * 3
     assert chosen[0].nonzero().flatten().tolist() == list(range(count))
     assert chosen[1].nonzero().flatten().tolist() == list(range(32 - count, 32))
+
+
+@pytest.mark.parametrize(("of_keys", "of_values"), [(32, 5), (5, 19), (19, 0), (7, 7)])
+def test_one_ranking_serves_both_quotas(of_keys, of_values):
+    values = torch.rand(3, 4, 32, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    chosen = saliency.choose_both(values, PageFormat(32, 16, of_keys, of_values))
+    assert chosen.shape == (3, 4, 2, 32)
+    fewer, more = chosen.unbind(2) if of_keys < of_values else chosen.unbind(2)[::-1]
+    assert bool((chosen.sum(-1) == torch.tensor([of_keys, of_values])).all())
+    assert not bool((fewer & ~more).any())

@@ -20,12 +20,18 @@ SHAPES = [
 ]  # fmt: skip
 
 
-def problem_of(lengths, states, heads=32, kv_heads=8, size=128, block=N, dtype=torch.bfloat16):
+# Shares of keys with four bits, beside 0.6 of values.
+OF_KEYS = [0.6, 0.8, 1.0]
+
+
+def problem_of(lengths, states, heads=32, kv_heads=8, size=128, block=N, dtype=torch.bfloat16,
+               of_keys=0.6):  # fmt: skip
     from tests.unit.zipcache_triton_problem import Problem
 
     return Problem(
         lengths, states, heads=heads, kv_heads=kv_heads, size=size, block=block,
-        salient=round(0.6 * block), dtype=dtype, splits=33, device="cuda",
+        salient=round(0.6 * block), of_keys=round(of_keys * block), dtype=dtype, splits=33,
+        device="cuda",
     )  # fmt: skip
 
 
@@ -37,13 +43,14 @@ def attend(problem, batch, query, key, value):
     return out
 
 
+@pytest.mark.parametrize("of_keys", OF_KEYS)
 @pytest.mark.parametrize(("heads", "kv_heads", "size", "block", "dtype"), SHAPES)
-def test_attention(heads, kv_heads, size, block, dtype):
+def test_attention(heads, kv_heads, size, block, dtype, of_keys):
     from vllm_plugins.attention_backends.zipcache.triton_kernels.prefill import tile_tokens
 
     lengths = [0, 1, block - 1, block, block + 1, 17 * block + 3, 2 * block, 5, 3 * block + 7]
     counts = [1] * 6 + [33, 200, 100]
-    problem = problem_of(lengths, "sgssr", heads, kv_heads, size, block, dtype)
+    problem = problem_of(lengths, "sgssr", heads, kv_heads, size, block, dtype, of_keys)
     step = problem.step(counts)
     batch = problem.batch(counts, tile_tokens(heads // kv_heads))
     # The first time compiles; then nothing may wait for the device.
@@ -54,12 +61,13 @@ def test_attention(heads, kv_heads, size, block, dtype):
     problem.check(out, counts, *step)
 
 
+@pytest.mark.parametrize("of_keys", OF_KEYS)
 @pytest.mark.parametrize(("heads", "kv_heads", "size", "block", "dtype"), SHAPES)
-def test_sealed_pages_are_those_of_the_cpu(heads, kv_heads, size, block, dtype):
+def test_sealed_pages_are_those_of_the_cpu(heads, kv_heads, size, block, dtype, of_keys):
     from tests.unit.zipcache_triton_problem import moved
     from vllm_plugins.attention_backends.zipcache.triton_kernels import ops
 
-    problem = problem_of([2 * block], "rg", heads, kv_heads, size, block, dtype)
+    problem = problem_of([2 * block], "rg", heads, kv_heads, size, block, dtype, of_keys)
     memory = problem.memory
     for sums in (memory.residual_sums, memory.staging_sums):
         sums.uniform_()
@@ -118,7 +126,7 @@ def test_writing_packs_as_the_cpu_does():
         wanted = torch.zeros(key.shape[1], page.bytes, dtype=torch.uint8)
         quantiser.write_page(codes, wanted, page)
         found = problem.memory.cache[2 + i].cpu()
-        for part in (slice(0, page.k_low), slice(page.k_min, page.bitmap)):
+        for part in (slice(0, page.k_low), slice(page.k_min, page.k_bitmap)):
             assert torch.equal(found[:, part], wanted[:, part])
         assert torch.equal(problem.memory.staging[i].cpu(), quantiser.low_planes(codes))
     assert torch.equal(problem.memory.residual[0, :, 0, :5], key[2 * N :].transpose(0, 1))

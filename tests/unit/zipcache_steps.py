@@ -47,17 +47,18 @@ class Steps:
     """A layer's memory and the life of its blocks, driven as an engine drives them.
 
     Every piece of memory is NaN, or bytes that mean nothing, until something is written.
+    ``salient`` is the quota of values, and of keys unless these have their own.
     """
 
-    def __init__(self, kernels, *, heads=4, kv_heads=2, size=32, block=32, salient=20, blocks=64,
-                 rows=8, staged=16, dtype=torch.float32, probing=None, seed=0,
+    def __init__(self, kernels, *, heads=4, kv_heads=2, size=32, block=32, salient=20, of_keys=None,
+                 blocks=64, rows=8, staged=16, dtype=torch.float32, probing=None, seed=0,
                  scaled=True, chooses=None, **options):  # fmt: skip
         self.kernels = kernels
         probing = probing or Probing(0.05, 0.05)
         self.generator = torch.Generator().manual_seed(seed)
         self.heads, self.kv_heads, self.size, self.block = heads, kv_heads, size, block
         self.dtype, self.scale = dtype, size**-0.5
-        page = PageFormat(block, size, salient)
+        page = PageFormat(block, size, salient if of_keys is None else of_keys, salient)
         self.memory = LayerMemory.take(page, kv_heads, rows, staged, dtype, scaled)
         self.memory.cache = torch.full((blocks, kv_heads, page.bytes), 0xFF, dtype=torch.uint8)
         for part in (self.memory.residual, self.memory.residual_sums, self.memory.staging_sums):

@@ -35,6 +35,23 @@ def test_decode_with_any_quota(salient, seed):
     attend(Problem([3 * N + 7], salient=salient, seed=seed), [1])
 
 
+# Of keys and of values: each of them all tokens, none, or some.
+QUOTAS = [(N, 12), (0, 12), (12, N), (12, 0), (25, 7), (7, 25), (N, 0), (0, N)]
+
+
+@pytest.mark.parametrize(("of_keys", "salient"), QUOTAS)
+def test_keys_and_values_have_quotas_of_their_own(of_keys, salient):
+    """In decode and for a prompt's next chunk."""
+    for lengths, counts in (([2 * N + 7], [1]), ([2 * N + 7, 2 * N], [3, 1])):
+        attend(Problem(lengths, "sg", salient=salient, of_keys=of_keys, seed=4), counts)
+
+
+@pytest.mark.parametrize("of_keys", [64, 50])
+def test_two_quotas_in_half_precision(of_keys):
+    quotas = {"block": 64, "of_keys": of_keys, "salient": 19}
+    attend(Problem([64 + 5], heads=6, kv_heads=2, size=96, dtype=torch.bfloat16, **quotas), [1])
+
+
 SHAPES = [
     (1, 1, 64, 32, torch.bfloat16), (6, 2, 96, 64, torch.float16), (5, 1, 80, 32, torch.bfloat16),
     (8, 1, 128, 128, torch.bfloat16), (14, 2, 256, 32, torch.float16),

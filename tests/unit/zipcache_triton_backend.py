@@ -40,7 +40,7 @@ class Backend(ZipCacheCudaBackend):
 class Packed(PackedCudaBackend):
     """Its layers, packed."""
 
-    bits, salient_ratio = "4/2", 0.6
+    bits, salient_ratio, key_salient_ratio = "4/2", 0.6, None
 
     @staticmethod
     def get_name():
@@ -79,7 +79,7 @@ def on_cpu():
 def llm(on_cpu):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ZipCachePlugin.backends, "cpu", f"{__name__}.Backend")
-        patch.setattr(ZipCacheCudaImpl, "backend", staticmethod(lambda bits, ratio: Packed))
+        patch.setattr(ZipCacheCudaImpl, "backend", staticmethod(lambda *_: Packed))
         with engine() as llm:
             yield llm
 

@@ -24,8 +24,8 @@ from vllm_plugins.attention_backends.zipcache.triton_kernels.batches import (
     Workspace,
 )
 
-# Query heads, kv heads, head size, block size.
-CASES = [(32, 8, 128, 64)]
+# Query heads, kv heads, head size, block size, share of keys with four bits.
+CASES = [(32, 8, 128, 64, 0.6), (32, 8, 128, 64, 1.0), (32, 8, 128, 64, 0.8)]
 
 
 def main(folder: str) -> None:
@@ -53,9 +53,9 @@ def main(folder: str) -> None:
         compiled.clear()
 
 
-def launch(heads: int, kv_heads: int, size: int, block_size: int) -> None:
+def launch(heads: int, kv_heads: int, size: int, block_size: int, of_keys: float) -> None:
     """Launch every kernel as the backend does: prompts and decodes, and both kinds of seals."""
-    page, dtype = PageFormat.of(block_size, size, "4/2", 0.6), torch.bfloat16
+    page, dtype = PageFormat.of(block_size, size, "4/2", 0.6, of_keys), torch.bfloat16
     layer = LayerMemory.take(page, kv_heads, 4, 4, dtype)
     layer.cache = torch.zeros(8, kv_heads, page.bytes, dtype=torch.uint8)
     ints = torch.zeros(8, dtype=torch.int32)

@@ -93,7 +93,7 @@ def assert_equal(wanted, found, page):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scaled", [True, False])
 def test_whole_blocks_are_staged_byte_by_byte(dtype, scaled):
-    page = PageFormat(32, 48, 20)
+    page = PageFormat(32, 48, 20, 20)
     state = torch.full((11,), SEALED, dtype=torch.int32)
     # Staged blocks and the begun ones behind them.
     state[torch.tensor([7, 2, 5, 4])] = torch.tensor([2, 0, RAW - 1, RAW - 2], dtype=torch.int32)
@@ -101,9 +101,12 @@ def test_whole_blocks_are_staged_byte_by_byte(dtype, scaled):
     assert_equal(*memories, page)
 
 
-@pytest.mark.parametrize(("size", "head", "salient"), [(32, 64, 0), (64, 16, 64), (128, 96, 128)])
-def test_without_a_choice_blocks_are_sealed_as_they_are_written(size, head, salient):
-    page = PageFormat(size, head, salient)
+@pytest.mark.parametrize(("size", "head", "quotas"), [
+    (32, 64, (0, 0)), (64, 16, (64, 64)), (128, 96, (128, 128)), (32, 48, (32, 0)),
+    (64, 32, (0, 64)),
+])  # fmt: skip
+def test_without_a_choice_blocks_are_sealed_as_they_are_written(size, head, quotas):
+    page = PageFormat(size, head, *quotas)
     state = torch.full((11,), SEALED, dtype=torch.int32)
     memories = write_both(page, torch.bfloat16, True, [[(0, size, -1)]], state)
     assert_equal(*memories, page)
@@ -111,7 +114,7 @@ def test_without_a_choice_blocks_are_sealed_as_they_are_written(size, head, sali
 
 def test_a_begun_block_is_filled_and_the_next_begins_in_its_row():
     """In one step: what is written over must have been read before."""
-    page = PageFormat(32, 32, 20)
+    page = PageFormat(32, 32, 25, 20)
     state = torch.full((11,), SEALED, dtype=torch.int32)
     state[torch.tensor([7, 4])] = torch.tensor([RAW - 1, RAW], dtype=torch.int32)
     steps = [[(0, 20, 1), (0, 31, 0)], [(20, 12 + 32 + 13, 1), (31, 1, 0)]]
@@ -126,7 +129,7 @@ def test_a_begun_block_is_filled_and_the_next_begins_in_its_row():
 
 
 def test_nothing_is_written_for_padding_and_dummy_batches():
-    page = PageFormat(32, 32, 20)
+    page = PageFormat(32, 32, 20, 20)
     state = torch.full((11,), SEALED, dtype=torch.int32)
     table = torch.tensor([[7, 2]], dtype=torch.int32)
     memory = memory_of(page, HEADS, 3, 4, 11, torch.float32)
@@ -141,13 +144,19 @@ def test_nothing_is_written_for_padding_and_dummy_batches():
     assert memory.residual.isnan().all() and memory.residual_sums.isnan().all()
 
 
-@pytest.mark.parametrize(("dtype", "size", "head", "salient"), [
-    (torch.float32, 32, 32, 1), (torch.bfloat16, 64, 80, 38), (torch.float16, 128, 32, 127),
-    (torch.bfloat16, 32, 128, 0), (torch.bfloat16, 32, 256, 32),
+@pytest.mark.parametrize(("dtype", "size", "head", "quotas"), [
+    (torch.float32, 32, 32, (1, 1)), (torch.bfloat16, 64, 80, (38, 38)),
+    (torch.float16, 128, 32, (127, 127)), (torch.bfloat16, 32, 128, (0, 0)),
+    (torch.bfloat16, 32, 256, (32, 32)),
+    # Each with all tokens, none and some; two sets of bits.
+    (torch.bfloat16, 64, 48, (64, 19)), (torch.float16, 32, 32, (19, 32)),
+    (torch.float32, 32, 16, (0, 20)), (torch.float32, 32, 48, (20, 0)),
+    (torch.float32, 32, 16, (32, 0)), (torch.bfloat16, 64, 32, (50, 19)),
+    (torch.float16, 128, 48, (40, 77)),
 ])  # fmt: skip
-def test_sealed_pages_are_equal_byte_by_byte(dtype, size, head, salient):
+def test_sealed_pages_are_equal_byte_by_byte(dtype, size, head, quotas):
     """From residual rows and from staged blocks; scores with equal ones, and forced tokens."""
-    page = PageFormat(size, head, salient)
+    page = PageFormat(size, head, *quotas)
     found = []
     for path in (torch_kernels.seal, ops.zipcache_seal):
         memory = memory_of(page, HEADS, 3, 4, 11, dtype)

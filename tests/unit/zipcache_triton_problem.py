@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from vllm_plugins.attention_backends.zipcache import quantiser, torch_kernels
+from vllm_plugins.attention_backends.zipcache import quantiser, saliency, torch_kernels
 from vllm_plugins.attention_backends.zipcache.batch import RAW, SEALED, LayerMemory
 from vllm_plugins.attention_backends.zipcache.page import PageFormat
 from vllm_plugins.attention_backends.zipcache.triton_kernels.batches import (
@@ -72,14 +72,15 @@ class Problem:
         lengths: Tokens of each request before the step.
         states: For each of its full blocks ``s`` (sealed), ``g`` (staged) or ``r`` (raw), repeated;
             an unfilled one is raw.
+        salient: Quota of values, and of keys unless these have their own, ``of_keys``.
     """
 
     def __init__(self, lengths, states="s", *, heads=4, kv_heads=2, size=32, block=32, salient=20,
-                 dtype=torch.float32, seed=0, splits=3, device="cpu"):  # fmt: skip
+                 of_keys=None, dtype=torch.float32, seed=0, splits=3, device="cpu"):  # fmt: skip
         self.generator = torch.Generator().manual_seed(seed)
         self.lengths, self.heads, self.kv_heads, self.size = lengths, heads, kv_heads, size
         self.dtype, self.scale = dtype, size**-0.5
-        page = PageFormat(block, size, salient)
+        page = PageFormat(block, size, salient if of_keys is None else of_keys, salient)
         counts = [-(-n // block) for n in lengths]
         total = sum(counts) + len(lengths)
         self.memory = memory_of(page, kv_heads, total, total, total + 3, dtype)
@@ -117,8 +118,8 @@ class Problem:
             self.state[block] = held
             memory.staging[held] = quantiser.low_planes(codes)
             return
-        order = torch.rand(self.kv_heads, page.block_size, generator=self.generator)
-        salient = order.argsort(-1) < page.salient
+        score = torch.rand(self.kv_heads, page.block_size, generator=self.generator)
+        salient = saliency.choose_both(score, page)
         quantiser.seal(quantiser.low_planes(codes), salient, memory.cache[block], page)
 
     def cached(self, m):

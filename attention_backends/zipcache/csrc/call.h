@@ -25,7 +25,9 @@ struct Layer {
   // Low planes of whole blocks [rows, kv_heads, 2, block_size, head_size / 4].
   uint8_t* staging;
   float* staging_sums;
-  int32_t kv_heads, head_size, block_size, salient, scale_values;
+  int32_t kv_heads, head_size, block_size;
+  // Salient tokens of a block: of keys, of values.
+  int32_t k_salient, v_salient, scale_values;
   DType dtype;
 };
 

@@ -181,9 +181,9 @@ HIP_INLINE void score_page(const Page& page, const Channels* q, Tokens* scores) 
     dot_plane<G>(page.base + f.k_high() + t * f.quarter, folded, p, low);
     for (int g = 0; g < G; ++g) scores[g][t] = constant[g] + centre[g] + 4.0f * low[g];
   }
-  for (int i = 0; i < page.num_low; ++i) {
-    dot_plane<G>(page.k_low + i * f.quarter, folded, p, low);
-    for (int g = 0; g < G; ++g) scores[g][page.low[i]] += low[g] - centre[g];
+  for (int i = 0; i < page.k.count; ++i) {
+    dot_plane<G>(page.k.rows + i * f.quarter, folded, p, low);
+    for (int g = 0; g < G; ++g) scores[g][page.k.tokens[i]] += low[g] - centre[g];
   }
 }
 
@@ -208,14 +208,14 @@ void attend_page(const Page& page, int seen, const Channels* q, const State* sta
       store(weight[g] + t, 4.0f * by);
     }
     float without = sum(all);
-    for (int i = 0; i < page.num_low; ++i) {
-      low[g][i] = 0.25f * weight[g][page.low[i]];
+    for (int i = 0; i < page.v.count; ++i) {
+      low[g][i] = 0.25f * weight[g][page.v.tokens[i]];
       without -= low[g][i];
     }
     std::fill(acc[g], acc[g] + 4 * p, sum(constant) + 1.5f * without);
   }
   add_plane<G>(page.base + f.v_high(), f.quarter, n, p, weight, acc);
-  add_plane<G>(page.v_low, f.quarter, page.num_low, p, low, acc);
+  add_plane<G>(page.v.rows, f.quarter, page.v.count, p, low, acc);
   page.channels(f.v_scale(), scale);
   for (int g = 0; g < G; ++g)
     for (int r = 0; r < 4; ++r)

@@ -16,14 +16,14 @@ inline void read_page(const Page& page, bool values, int from, int n, float* out
   const Format& f = page.f;
   const int p = f.padded(), q = f.quarter;
   const uint8_t* high = page.base + (values ? f.v_high() : f.k_high());
-  const uint8_t* low = values ? page.v_low : page.k_low;
+  const Low& low = values ? page.v : page.k;
   float a[kMaxHead + 32], b[kMaxHead + 32];
   page.channels(values ? f.v_scale() : f.k_min(), a);
   if (!values) page.channels(f.k_step(), b);
   int rank = 0;
-  while (rank < page.num_low && page.low[rank] < from) ++rank;
+  while (rank < low.count && low.tokens[rank] < from) ++rank;
   for (int t = from; t < from + n; ++t) {
-    const bool has_low = rank < page.num_low && page.low[rank] == t;
+    const bool has_low = rank < low.count && low.tokens[rank] == t;
     const float least = values ? static_cast<float>(page.halves(f.v_min())[t]) : 0.0f;
     const float step = values ? static_cast<float>(page.halves(f.v_step())[t]) : 0.0f;
     float* row = out + static_cast<int64_t>(t - from) * f.head;
@@ -31,7 +31,7 @@ inline void read_page(const Page& page, bool values, int from, int n, float* out
     for (int r = 0; r < 4; ++r)
       for (int j = 0; j < p; j += 8) {
         const v8 above = 4.0f * codes_of(load_bytes(high + t * q + j), r);
-        const v8 below = has_low ? codes_of(load_bytes(low + rank * q + j), r) : splat(1.5f);
+        const v8 below = has_low ? codes_of(load_bytes(low.rows + rank * q + j), r) : splat(1.5f);
         const v8 c = above + below, x = load(a + r * p + j);
         store(row + r * q + j, values ? x * (least + step * c) : x + load(b + r * p + j) * c);
       }

@@ -1,6 +1,8 @@
 // The format of a page: page.py describes it. One page is one kv head of one block.
 #pragma once
 
+#include <algorithm>
+
 #include "../../hip/csrc/vec.h"
 #include "call.h"
 
@@ -17,22 +19,33 @@ constexpr int kMaxBlock = 256;
 constexpr int kMaxHead = 512;
 
 struct Format {
-  int block, head, salient, quarter;
+  int block, head, k_salient, v_salient, quarter;
 
   explicit Format(const Layer& l)
-      : block(l.block_size), head(l.head_size), salient(l.salient), quarter(l.head_size / 4) {}
+      : block(l.block_size),
+        head(l.head_size),
+        k_salient(l.k_salient),
+        v_salient(l.v_salient),
+        quarter(l.head_size / 4) {}
+
+  // Whether a quota leaves a choice, and whether keys and values have bits of their own then.
+  bool chooses(int quota) const { return 0 < quota && quota < block; }
+  bool two_bitmaps() const {
+    return chooses(k_salient) && chooses(v_salient) && k_salient != v_salient;
+  }
 
   int64_t k_high() const { return 0; }
   int64_t v_high() const { return k_high() + block * quarter; }
   int64_t k_low() const { return v_high() + block * quarter; }
-  int64_t v_low() const { return k_low() + salient * quarter; }
-  int64_t k_min() const { return v_low() + salient * quarter; }
+  int64_t v_low() const { return k_low() + k_salient * quarter; }
+  int64_t k_min() const { return v_low() + v_salient * quarter; }
   int64_t k_step() const { return k_min() + 2 * head; }
   int64_t v_scale() const { return k_step() + 2 * head; }
   int64_t v_min() const { return v_scale() + 2 * head; }
   int64_t v_step() const { return v_min() + 2 * block; }
-  int64_t bitmap() const { return v_step() + 2 * block; }
-  int64_t size() const { return bitmap() + block / 8; }
+  int64_t k_bitmap() const { return v_step() + 2 * block; }
+  int64_t v_bitmap() const { return k_bitmap() + (two_bitmaps() ? block / 8 : 0); }
+  int64_t size() const { return v_bitmap() + block / 8; }
   // Channels of a quarter, filled up to whole vectors.
   int padded() const { return (quarter + 7) / 8 * 8; }
 };
@@ -44,25 +57,51 @@ inline void pad_quarters(const Format& f, const float* from, float* to) {
     for (int j = 0; j < p; ++j) to[r * p + j] = j < q ? from[r * q + j] : 0.0f;
 }
 
-// A page that is read: its planes, and which tokens have a low plane.
+// The low plane of keys or of values, and the tokens that its rows are of, ascending.
+struct Low {
+  const uint8_t* rows;
+  int count = 0;
+  int16_t tokens[kMaxBlock];
+
+  explicit Low(const uint8_t* plane) : rows(plane) {}
+
+  // Rows of the first n tokens.
+  void all(int n) {
+    for (int t = 0; t < n; ++t) tokens[count++] = t;
+  }
+
+  // bits: which tokens have one, looked at where a quota leaves a choice.
+  void sealed(const Format& f, int quota, const uint8_t* bits) {
+    if (!f.chooses(quota)) return all(quota);
+    for (int t = 0; t < f.block; ++t)
+      if (bits[t / 8] >> (t % 8) & 1) tokens[count++] = t;
+  }
+};
+
+// A page that is read: its planes, and which tokens have low ones.
 struct Page {
   const Format& f;
-  const uint8_t *base, *k_low, *v_low;
-  int num_low = 0;
-  int16_t low[kMaxBlock];
+  const uint8_t* base;
+  Low k, v;
 
   // staging: the low planes of the whole block, or null for a sealed one.
   Page(const Format& format, const uint8_t* page, const uint8_t* staging)
-      : f(format), base(page), k_low(page + format.k_low()), v_low(page + format.v_low()) {
+      : f(format),
+        base(page),
+        k(staging ? staging : page + format.k_low()),
+        v(staging ? staging + format.block * format.quarter : page + format.v_low()) {
     if (staging != nullptr) {
-      k_low = staging;
-      v_low = staging + f.block * f.quarter;
-      for (int t = 0; t < f.block; ++t) low[num_low++] = t;
+      k.all(f.block);
+      v.all(f.block);
       return;
     }
-    const uint8_t* bits = page + f.bitmap();
-    for (int t = 0; t < f.block; ++t)
-      if (bits[t / 8] >> (t % 8) & 1) low[num_low++] = t;
+    k.sealed(f, f.k_salient, page + f.k_bitmap());
+    if (f.k_salient != f.v_salient) {
+      v.sealed(f, f.v_salient, page + f.v_bitmap());
+    } else {
+      v.count = k.count;
+      std::copy_n(k.tokens, k.count, v.tokens);
+    }
   }
 
   const half* halves(int64_t offset) const { return reinterpret_cast<const half*>(base + offset); }

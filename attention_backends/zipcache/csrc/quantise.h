@@ -137,34 +137,45 @@ inline void stage(const Format& f, const Codes& codes, uint8_t* staging) {
   }
 }
 
-inline void write_bitmap(const Format& f, const int* chosen, uint8_t* page) {
-  uint8_t* bits = page + f.bitmap();
+// A block's salient tokens, ascending: as many as the quotas of keys and of values are.
+struct Chosen {
+  int k[kMaxBlock], v[kMaxBlock];
+};
+
+inline void mark(const Format& f, const int* tokens, int count, uint8_t* bits) {
   std::fill(bits, bits + f.block / 8, 0);
-  for (int i = 0; i < f.salient; ++i) bits[chosen[i] / 8] |= 1 << (chosen[i] % 8);
+  for (int i = 0; i < count; ++i) bits[tokens[i] / 8] |= 1 << (tokens[i] % 8);
+}
+
+inline void write_bitmaps(const Format& f, const Chosen& chosen, uint8_t* page) {
+  if (f.chooses(f.k_salient)) mark(f, chosen.k, f.k_salient, page + f.k_bitmap());
+  if (f.two_bitmaps() || !f.chooses(f.k_salient))
+    mark(f, chosen.v, f.v_salient, page + f.v_bitmap());
 }
 
 // Low planes of the chosen tokens alone, side by side.
-inline void seal_codes(const Format& f, const Codes& codes, const int* chosen, uint8_t* page) {
-  for (int i = 0; i < f.salient; ++i) {
-    pack_row(f, codes.k + chosen[i] * f.head, 0, page + f.k_low() + i * f.quarter);
-    pack_row(f, codes.v + chosen[i] * f.head, 0, page + f.v_low() + i * f.quarter);
-  }
-  write_bitmap(f, chosen, page);
+inline void seal_codes(const Format& f, const Codes& codes, const Chosen& chosen, uint8_t* page) {
+  for (int i = 0; i < f.k_salient; ++i)
+    pack_row(f, codes.k + chosen.k[i] * f.head, 0, page + f.k_low() + i * f.quarter);
+  for (int i = 0; i < f.v_salient; ++i)
+    pack_row(f, codes.v + chosen.v[i] * f.head, 0, page + f.v_low() + i * f.quarter);
+  write_bitmaps(f, chosen, page);
 }
 
-inline void seal_staged(const Format& f, const uint8_t* staging, const int* chosen, uint8_t* page) {
+inline void seal_staged(const Format& f, const uint8_t* staging, const Chosen& chosen,
+                        uint8_t* page) {
   const uint8_t* values = staging + f.block * f.quarter;
-  for (int i = 0; i < f.salient; ++i) {
-    std::memcpy(page + f.k_low() + i * f.quarter, staging + chosen[i] * f.quarter, f.quarter);
-    std::memcpy(page + f.v_low() + i * f.quarter, values + chosen[i] * f.quarter, f.quarter);
-  }
-  write_bitmap(f, chosen, page);
+  for (int i = 0; i < f.k_salient; ++i)
+    std::memcpy(page + f.k_low() + i * f.quarter, staging + chosen.k[i] * f.quarter, f.quarter);
+  for (int i = 0; i < f.v_salient; ++i)
+    std::memcpy(page + f.v_low() + i * f.quarter, values + chosen.v[i] * f.quarter, f.quarter);
+  write_bitmaps(f, chosen, page);
 }
 
-// The most salient tokens, ascending; of equal scores the earlier token wins. What is no number is
-// below all scores: without an order there would be no quota.
+// The most salient tokens; of equal scores the earlier token wins. What is no number is below all
+// scores: without an order there would be no quota.
 inline void choose(const Format& f, const float* sums, const float* weight, int forced,
-                   int* chosen) {
+                   Chosen& chosen) {
   float score[kMaxBlock];
   int order[kMaxBlock];
   for (int t = 0; t < f.block; ++t) {
@@ -172,12 +183,19 @@ inline void choose(const Format& f, const float* sums, const float* weight, int 
     score[t] = t < forced ? INFINITY : own >= 0.0f ? own : -1.0f;
     order[t] = t;
   }
-  if (f.salient < f.block)
-    std::nth_element(order, order + f.salient, order + f.block, [&](int a, int b) {
-      return score[a] != score[b] ? score[a] > score[b] : a < b;
-    });
-  std::sort(order, order + f.salient);
-  std::copy(order, order + f.salient, chosen);
+  const auto take = [&](int quota, int of, int* to) {
+    if (quota < of)
+      std::nth_element(order, order + quota, order + of, [&](int a, int b) {
+        return score[a] != score[b] ? score[a] > score[b] : a < b;
+      });
+    std::copy(order, order + quota, to);
+    std::sort(to, to + quota);
+  };
+  // The smaller quota's tokens are among the larger one's, which come first in the order then.
+  const bool keys_first = f.k_salient >= f.v_salient;
+  take(keys_first ? f.k_salient : f.v_salient, f.block, keys_first ? chosen.k : chosen.v);
+  take(keys_first ? f.v_salient : f.k_salient, keys_first ? f.k_salient : f.v_salient,
+       keys_first ? chosen.v : chosen.k);
 }
 
 }  // namespace zipcache

@@ -45,7 +45,7 @@ class Writer : Memory<T> {
 #pragma omp parallel
     {
       const std::unique_ptr<Codes> codes(new Codes);
-      int chosen[kMaxBlock];
+      Chosen chosen;
 #pragma omp for schedule(dynamic) collapse(2)
       for (int i = 0; i < s.num_blocks; ++i)
         for (int h = 0; h < l_.kv_heads; ++h) {
@@ -73,9 +73,9 @@ class Writer : Memory<T> {
       stage(f_, codes, staging(state, head));
       return;
     }
-    // Without a choice to make the quota is all tokens or none.
-    int all[kMaxBlock];
-    for (int t = 0; t < n_; ++t) all[t] = t;
+    // Without a choice to make a quota is all tokens or none.
+    Chosen all;
+    for (int t = 0; t < n_; ++t) all.k[t] = all.v[t] = t;
     seal_codes(f_, codes, all, page);
   }
 

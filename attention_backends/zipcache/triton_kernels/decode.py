@@ -27,10 +27,10 @@ from vllm_plugins.attention_backends.zipcache.triton_kernels.pages import (
     LOG2E,
     RAW,
     load_bytes,
+    low_rows,
     number_of,
     part,
     quarter_pad,
-    ranks,
     softmax_step,
     typed,
     zero_of,
@@ -78,7 +78,7 @@ def blocks_of_split(
 @triton.jit
 def _fold(
     q: tl.tensor, halves: tl.tensor, j: tl.tensor, quarter: tl.constexpr, dtype: tl.constexpr,
-    block_size: tl.constexpr, head: tl.constexpr, salient: tl.constexpr,
+    block_size: tl.constexpr, head: tl.constexpr, n_k: tl.constexpr, n_v: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
     """Fold a block's ranges into a quarter of the queries.
 
@@ -86,8 +86,9 @@ def _fold(
         What codes are multiplied by, and for each channel what is added to each query's scores.
     """
     at, here = quarter * (head // 4) + j, j < head // 4
-    step = tl.load(halves + part("k_step", block_size, head, salient, 2) + at, mask=here, other=0.0)
-    least = tl.load(halves + part("k_min", block_size, head, salient, 2) + at, mask=here, other=0.0)
+    step = halves + part("k_step", block_size, head, n_k, n_v, 2) + at
+    least = halves + part("k_min", block_size, head, n_k, n_v, 2) + at
+    step, least = tl.load(step, mask=here, other=0.0), tl.load(least, mask=here, other=0.0)
     folded = (q * step.to(tl.float32)[None, :]).to(dtype)
     middle = least.to(tl.float32) + step.to(tl.float32) * MIDDLE
     # What is taken away again has to be what was rounded.
@@ -99,7 +100,7 @@ def _fold(
 def _unfold(
     total: tl.tensor, fade: tl.tensor, product: tl.tensor, offset: tl.tensor, sums: tl.tensor,
     halves: tl.tensor, is_seen: tl.tensor, j: tl.tensor, quarter: tl.constexpr,
-    block_size: tl.constexpr, head: tl.constexpr, salient: tl.constexpr,
+    block_size: tl.constexpr, head: tl.constexpr, n_k: tl.constexpr, n_v: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Add a block's weighted values to a quarter of the sums.
 
@@ -115,9 +116,10 @@ def _unfold(
         quarter: Which quarter.
         block_size: Tokens of a block.
         head: Head size.
-        salient: Salient tokens of a block.
+        n_k: Salient tokens of a block, of keys.
+        n_v: The same of values.
     """
-    at = part("v_scale", block_size, head, salient, 2) + quarter * (head // 4) + j
+    at = part("v_scale", block_size, head, n_k, n_v, 2) + quarter * (head // 4) + j
     # The scale of a page that is not seen may be no number.
     mask = j < tl.where(is_seen, head // 4, 0)
     scale = tl.load(halves + at, mask=mask, other=0.0).to(tl.float32)
@@ -132,7 +134,7 @@ def _attend_pages(
     words: tl.tensor, staging: tl.tensor, page_block: tl.tensor, staged_row: tl.tensor,
     a0: tl.tensor, a1: tl.tensor, a2: tl.tensor, a3: tl.tensor, weight: tl.tensor, peak: tl.tensor,
     dtype: tl.constexpr, block_size: tl.constexpr, head: tl.constexpr, quarter: tl.constexpr,
-    salient: tl.constexpr, tile: tl.constexpr,
+    n_k: tl.constexpr, n_v: tl.constexpr, tile: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
     """Attend to the packed blocks of a split, the others passed over.
 
@@ -149,24 +151,23 @@ def _attend_pages(
         seen = tl.where(place <= RAW, 0, tl.minimum(block_size, cached - i * block_size))
         at = page.to(tl.int64) * page_block
         base, half = cache + at, halves + at // 2
-        bits = words + at // 4 + part("bitmap", block_size, head, salient, 4)
+        k_bits = words + at // 4 + part("k_bitmap", block_size, head, n_k, n_v, 4)
+        v_bits = words + at // 4 + part("v_bitmap", block_size, head, n_k, n_v, 4)
         low = staging + tl.maximum(place, 0).to(tl.int64) * staged_row
-        k_low = tl.where(place >= 0, low, base + part("k_low", block_size, head, salient))
+        k_low = tl.where(place >= 0, low, base + part("k_low", block_size, head, n_k, n_v))
         low += block_size * row
-        v_low = tl.where(place >= 0, low, base + part("v_low", block_size, head, salient))
-        f0, c0 = _fold(q0, half, j, 0, dtype, block_size, head, salient)
-        f1, c1 = _fold(q1, half, j, 1, dtype, block_size, head, salient)
-        f2, c2 = _fold(q2, half, j, 2, dtype, block_size, head, salient)
-        f3, c3 = _fold(q3, half, j, 3, dtype, block_size, head, salient)
+        v_low = tl.where(place >= 0, low, base + part("v_low", block_size, head, n_k, n_v))
+        f0, c0 = _fold(q0, half, j, 0, dtype, block_size, head, n_k, n_v)
+        f1, c1 = _fold(q1, half, j, 1, dtype, block_size, head, n_k, n_v)
+        f2, c2 = _fold(q2, half, j, 2, dtype, block_size, head, n_k, n_v)
+        f3, c3 = _fold(q3, half, j, 3, dtype, block_size, head, n_k, n_v)
         constant = tl.sum((c0 + c1) + (c2 + c3), axis=1)
         for begin in tl.static_range(0, block_size, tile):
             t = begin + tl.arange(0, tile)
             valid = t < seen
-            rank, has_low = ranks(bits, t, block_size)
-            rank = tl.where(place >= 0, t, rank)
-            has_low = tl.where(place >= 0, t >= 0, has_low)
+            rank, has_low = low_rows(k_bits, place, t, n_k, block_size)
             high, under = load_bytes(
-                base + part("k_high", block_size, head, salient), k_low, t, rank, has_low, valid,
+                base + part("k_high", block_size, head, n_k, n_v), k_low, t, rank, has_low, valid,
                 j, row, dtype,
             )  # fmt: skip
             score = tl.dot(f0, tl.trans(number_of(high, under, has_low, 0, dtype)),
@@ -180,24 +181,30 @@ def _attend_pages(
             score = tl.where(valid[None, :], score + constant[:, None], float("-inf"))
             p, fade, weight, peak = softmax_step(score, weight, peak)
             # Ranges behind the last token may be no numbers.
-            at_t = half + part("v_min", block_size, head, salient, 2) + t
+            at_t = half + part("v_min", block_size, head, n_k, n_v, 2) + t
             least = tl.load(at_t, mask=valid, other=0.0).to(tl.float32)
             step = tl.load(at_t + block_size, mask=valid, other=0.0).to(tl.float32)
             w = (p * step[None, :]).to(dtype)
             offset = tl.sum(p * (least + step * MIDDLE)[None, :], axis=1)
             sums = tl.sum(w.to(tl.float32), axis=1)
+            if n_v != n_k:
+                rank, has_low = low_rows(v_bits, place, t, n_v, block_size)
             high, under = load_bytes(
-                base + part("v_high", block_size, head, salient), v_low, t, rank, has_low, valid,
+                base + part("v_high", block_size, head, n_k, n_v), v_low, t, rank, has_low, valid,
                 j, row, dtype,
             )  # fmt: skip
             v = tl.dot(w, number_of(high, under, has_low, 0, dtype), input_precision="ieee")
-            a0 = _unfold(a0, fade, v, offset, sums, half, seen > 0, j, 0, block_size, head, salient)
+            a0 = _unfold(a0, fade, v, offset, sums, half, seen > 0, j, 0, block_size, head, n_k,
+                         n_v)  # fmt: skip
             v = tl.dot(w, number_of(high, under, has_low, 1, dtype), input_precision="ieee")
-            a1 = _unfold(a1, fade, v, offset, sums, half, seen > 0, j, 1, block_size, head, salient)
+            a1 = _unfold(a1, fade, v, offset, sums, half, seen > 0, j, 1, block_size, head, n_k,
+                         n_v)  # fmt: skip
             v = tl.dot(w, number_of(high, under, has_low, 2, dtype), input_precision="ieee")
-            a2 = _unfold(a2, fade, v, offset, sums, half, seen > 0, j, 2, block_size, head, salient)
+            a2 = _unfold(a2, fade, v, offset, sums, half, seen > 0, j, 2, block_size, head, n_k,
+                         n_v)  # fmt: skip
             v = tl.dot(w, number_of(high, under, has_low, 3, dtype), input_precision="ieee")
-            a3 = _unfold(a3, fade, v, offset, sums, half, seen > 0, j, 3, block_size, head, salient)
+            a3 = _unfold(a3, fade, v, offset, sums, half, seen > 0, j, 3, block_size, head, n_k,
+                         n_v)  # fmt: skip
     return a0, a1, a2, a3, weight, peak, num_raw
 
 
@@ -211,7 +218,8 @@ def _attend_split(
     key_token: tl.tensor, key_head: tl.tensor, value_token: tl.tensor, value_head: tl.tensor,
     table_row: tl.tensor, page_block: tl.tensor, page_head: tl.tensor,
     group: tl.constexpr, rows: tl.constexpr, block_size: tl.constexpr, head: tl.constexpr,
-    quarter: tl.constexpr, salient: tl.constexpr, tile: tl.constexpr, raw_tile: tl.constexpr,
+    quarter: tl.constexpr, n_k: tl.constexpr, n_v: tl.constexpr, tile: tl.constexpr,
+    raw_tile: tl.constexpr,
 ) -> None:  # fmt: skip
     """Attend to one split with all query heads of a KV head."""
     s, h, m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -246,7 +254,7 @@ def _attend_split(
         q0, q1, q2, q3, first, last, cached, table, state, cache + h * page_head,
         halves + h * page_head // 2, words + h * page_head // 4,
         staging + h * (2 * block_size * row), page_block, kv_heads * (2 * block_size * row),
-        a0, a1, a2, a3, weight, peak, dtype, block_size, head, quarter, salient, tile,
+        a0, a1, a2, a3, weight, peak, dtype, block_size, head, quarter, n_k, n_v, tile,
     )  # fmt: skip
     if num_raw > 0:
         # As they came, so that what is not packed is attended to as by any other kernel.
@@ -349,7 +357,8 @@ def decode(
         scale * LOG2E, *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
         batch.block_table.stride(0), *layer.cache.stride()[:2],
         rows=max(triton.next_power_of_2(group), 16), quarter=quarter_pad(page.head_size),
-        salient=page.salient, **geometry, **_tiles(page.block_size, page.head_size, query.dtype),
+        n_k=page.k_salient, n_v=page.v_salient, **geometry,
+        **_tiles(page.block_size, page.head_size, query.dtype),
     )  # fmt: skip
     _merge[(heads, rows)](
         batch.query_start, batch.seq_lens, space.partial, space.split_lse, space.lse, out,

@@ -30,20 +30,20 @@ from vllm_plugins.attention_backends.zipcache.triton_kernels.batches import Devi
 _LIBRARY = torch.library.Library("vllm_plugins", "FRAGMENT")
 _LAYER = (
     "Tensor{} cache, Tensor{} residual, Tensor{} residual_sums, Tensor{} staging, "
-    "Tensor{} staging_sums, int salient, bool scaled"
+    "Tensor{} staging_sums, int k_salient, int v_salient, bool scaled"
 )
 _BATCH = (
     "Tensor query_start, Tensor seq_lens, Tensor block_table, Tensor slots, Tensor state, "
     "Tensor parts, Tensor probes, Tensor rows, Tensor? prompts, Tensor? tiles, int longest, "
     "int blocks, bool single"
 )
-_FIELDS = 7, 13
+_FIELDS = 8, 13
 
 
 def _of_layer(layer: LayerMemory) -> tuple[Any, ...]:
     return (
         layer.cache, layer.residual, layer.residual_sums, layer.staging, layer.staging_sums,
-        layer.page.salient, layer.scaled,
+        *layer.page.quotas, layer.scaled,
     )  # fmt: skip
 
 
@@ -53,10 +53,11 @@ def _layer(
     residual_sums: torch.Tensor,
     staging: torch.Tensor,
     staging_sums: torch.Tensor,
-    salient: int,
+    k_salient: int,
+    v_salient: int,
     scaled: bool,
 ) -> LayerMemory:
-    page = PageFormat(residual.shape[3], residual.shape[4], salient)
+    page = PageFormat(residual.shape[3], residual.shape[4], k_salient, v_salient)
     return LayerMemory(page, scaled, residual, residual_sums, staging, staging_sums, cache)
 
 

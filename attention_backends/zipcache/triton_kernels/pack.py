@@ -91,7 +91,7 @@ def load_quarter(
 def _key_range(
     raw: tl.tensor, new: tl.tensor, new_token: tl.tensor, offset: tl.tensor, halves: tl.tensor,
     j: tl.tensor, quarter: tl.constexpr, block_size: tl.constexpr, head: tl.constexpr,
-    salient: tl.constexpr,
+    n_k: tl.constexpr, n_v: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
     """Find and write the ranges of a quarter of the channels; return least and divisor."""
     low = tl.full(j.shape, float("inf"), tl.float32)
@@ -102,8 +102,8 @@ def _key_range(
         low, high = tl.minimum(low, tl.min(x, axis=0)), tl.maximum(high, tl.max(x, axis=0))
     least, step = least_and_step(low, high)
     at, mask = quarter * (head // 4) + j, j < head // 4
-    tl.store(halves + part("k_min", block_size, head, salient, 2) + at, least, mask=mask)
-    tl.store(halves + part("k_step", block_size, head, salient, 2) + at, step, mask=mask)
+    tl.store(halves + part("k_min", block_size, head, n_k, n_v, 2) + at, least, mask=mask)
+    tl.store(halves + part("k_step", block_size, head, n_k, n_v, 2) + at, step, mask=mask)
     return least.to(tl.float32), divisor(step)
 
 
@@ -111,7 +111,7 @@ def _key_range(
 def _value_scale(
     raw: tl.tensor, new: tl.tensor, new_token: tl.tensor, offset: tl.tensor, halves: tl.tensor,
     j: tl.tensor, scaled: tl.constexpr, quarter: tl.constexpr, block_size: tl.constexpr,
-    head: tl.constexpr, salient: tl.constexpr,
+    head: tl.constexpr, n_k: tl.constexpr, n_v: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Find and write what a quarter of the channels is divided by; return it."""
     most = tl.zeros(j.shape, tl.float32)
@@ -122,7 +122,7 @@ def _value_scale(
             most = tl.maximum(most, tl.max(tl.abs(x), axis=0))
     scale = nearest_half(tl.sqrt_rn(most)).to(tl.float32)
     scale = tl.where(scale > 0.0, scale, 1.0)
-    at = part("v_scale", block_size, head, salient, 2) + quarter * (head // 4) + j
+    at = part("v_scale", block_size, head, n_k, n_v, 2) + quarter * (head // 4) + j
     tl.store(halves + at, scale.to(tl.float16), mask=j < head // 4)
     return scale
 
@@ -155,7 +155,7 @@ def pack_keys(
     raw: tl.tensor, new: tl.tensor, new_token: tl.tensor, offset: tl.tensor,
     page: tl.tensor, halves: tl.tensor, words: tl.tensor, low: tl.tensor, keep: tl.tensor,
     j: tl.tensor, ranked: tl.constexpr, block_size: tl.constexpr, head: tl.constexpr,
-    salient: tl.constexpr,
+    n_k: tl.constexpr, n_v: tl.constexpr,
 ) -> None:  # fmt: skip
     """Quantise a block's keys by channel.
 
@@ -173,12 +173,13 @@ def pack_keys(
         ranked: Whether the low plane is that of the tokens whose bits are set, side by side.
         block_size: Tokens of a block.
         head: Head size.
-        salient: Salient tokens of a block.
+        n_k: Salient tokens of a block, of keys.
+        n_v: The same of values.
     """
-    l0, s0 = _key_range(raw, new, new_token, offset, halves, j, 0, block_size, head, salient)
-    l1, s1 = _key_range(raw, new, new_token, offset, halves, j, 1, block_size, head, salient)
-    l2, s2 = _key_range(raw, new, new_token, offset, halves, j, 2, block_size, head, salient)
-    l3, s3 = _key_range(raw, new, new_token, offset, halves, j, 3, block_size, head, salient)
+    l0, s0 = _key_range(raw, new, new_token, offset, halves, j, 0, block_size, head, n_k, n_v)
+    l1, s1 = _key_range(raw, new, new_token, offset, halves, j, 1, block_size, head, n_k, n_v)
+    l2, s2 = _key_range(raw, new, new_token, offset, halves, j, 2, block_size, head, n_k, n_v)
+    l3, s3 = _key_range(raw, new, new_token, offset, halves, j, 3, block_size, head, n_k, n_v)
     for begin in range(0, block_size, chunk_of(head)):
         t = begin + tl.arange(0, chunk_of(head))
         rank, has_low = _low_rows(words, t, keep, ranked, block_size)
@@ -189,7 +190,7 @@ def pack_keys(
         _store_planes(
             code_of(x0, l0[None, :], s0[None, :]), code_of(x1, l1[None, :], s1[None, :]),
             code_of(x2, l2[None, :], s2[None, :]), code_of(x3, l3[None, :], s3[None, :]),
-            page + part("k_high", block_size, head, salient), low, t, rank, has_low, j, head // 4,
+            page + part("k_high", block_size, head, n_k, n_v), low, t, rank, has_low, j, head // 4,
         )  # fmt: skip
 
 
@@ -198,16 +199,16 @@ def pack_values(
     raw: tl.tensor, new: tl.tensor, new_token: tl.tensor, offset: tl.tensor,
     page: tl.tensor, halves: tl.tensor, words: tl.tensor, low: tl.tensor, keep: tl.tensor,
     j: tl.tensor, ranked: tl.constexpr, scaled: tl.constexpr, block_size: tl.constexpr,
-    head: tl.constexpr, salient: tl.constexpr,
+    head: tl.constexpr, n_k: tl.constexpr, n_v: tl.constexpr,
 ) -> None:  # fmt: skip
     """Quantise a block's values by token, after a scale for each channel where ``scaled``.
 
     Other arguments are those of `pack_keys`.
     """
-    c0 = _value_scale(raw, new, new_token, offset, halves, j, scaled, 0, block_size, head, salient)
-    c1 = _value_scale(raw, new, new_token, offset, halves, j, scaled, 1, block_size, head, salient)
-    c2 = _value_scale(raw, new, new_token, offset, halves, j, scaled, 2, block_size, head, salient)
-    c3 = _value_scale(raw, new, new_token, offset, halves, j, scaled, 3, block_size, head, salient)
+    c0 = _value_scale(raw, new, new_token, offset, halves, j, scaled, 0, block_size, head, n_k, n_v)
+    c1 = _value_scale(raw, new, new_token, offset, halves, j, scaled, 1, block_size, head, n_k, n_v)
+    c2 = _value_scale(raw, new, new_token, offset, halves, j, scaled, 2, block_size, head, n_k, n_v)
+    c3 = _value_scale(raw, new, new_token, offset, halves, j, scaled, 3, block_size, head, n_k, n_v)
     infinity, here = tl.full((1, 1), float("inf"), tl.float32), (j < head // 4)[None, :]
     for begin in range(0, block_size, chunk_of(head)):
         t = begin + tl.arange(0, chunk_of(head))
@@ -223,11 +224,11 @@ def pack_values(
         least = tl.min(tl.where(here, least, infinity), axis=1)
         most = tl.max(tl.where(here, most, -infinity), axis=1)
         least, step = least_and_step(least, most)
-        tl.store(halves + part("v_min", block_size, head, salient, 2) + t, least)
-        tl.store(halves + part("v_step", block_size, head, salient, 2) + t, step)
+        tl.store(halves + part("v_min", block_size, head, n_k, n_v, 2) + t, least)
+        tl.store(halves + part("v_step", block_size, head, n_k, n_v, 2) + t, step)
         low_of, by = least.to(tl.float32)[:, None], divisor(step)[:, None]
         _store_planes(
             code_of(y0, low_of, by), code_of(y1, low_of, by),
             code_of(y2, low_of, by), code_of(y3, low_of, by),
-            page + part("v_high", block_size, head, salient), low, t, rank, has_low, j, head // 4,
+            page + part("v_high", block_size, head, n_k, n_v), low, t, rank, has_low, j, head // 4,
         )  # fmt: skip

@@ -31,9 +31,15 @@ LOG2E = 1.4426950408889634
 
 
 @triton.constexpr_function
-def part(name: str, block_size: int, head: int, salient: int, item: int = 1) -> int:
+def part(name: str, block_size: int, head: int, n_k: int, n_v: int, item: int = 1) -> int:
     """Return where a part of a page begins (`page.PageFormat`), in items of some bytes."""
-    return int(getattr(page.PageFormat(block_size, head, salient), name)) // item
+    return int(getattr(page.PageFormat(block_size, head, n_k, n_v), name)) // item
+
+
+@triton.constexpr_function
+def chooses(quota: int, block_size: int) -> bool:
+    """Return whether a quota leaves a choice, so that its tokens have bits."""
+    return 0 < quota < block_size
 
 
 @triton.constexpr_function
@@ -103,6 +109,34 @@ def ranks(words: tl.tensor, t: tl.tensor, block_size: tl.constexpr) -> tuple[tl.
         here = (at >= 0) & (at < 32)
         is_salient += tl.where(here, (word >> inside).to(tl.int32) & 1, 0)
     return rank, is_salient != 0
+
+
+@triton.jit
+def sealed_rows(
+    words: tl.tensor, t: tl.tensor, quota: tl.constexpr, block_size: tl.constexpr
+) -> tuple[tl.tensor, ...]:
+    """Return the rows of a sealed block's low plane of some tokens, and whether they have any.
+
+    Args:
+        words: The plane's bits of tokens, int32.
+        t: Tokens within the block, int32.
+        quota: Rows of the plane.
+        block_size: Tokens of a block.
+    """
+    rank, has_low = t, t < quota
+    if chooses(quota, block_size):
+        rank, has_low = ranks(words, t, block_size)
+    return rank, has_low
+
+
+@triton.jit
+def low_rows(
+    words: tl.tensor, place: tl.tensor, t: tl.tensor, quota: tl.constexpr, block_size: tl.constexpr
+) -> tuple[tl.tensor, ...]:
+    """As `sealed_rows`, of a block in any packed state, ``place``."""
+    rank, has_low = sealed_rows(words, t, quota, block_size)
+    # Of a staged block every token has a low plane.
+    return tl.where(place >= 0, t, rank), tl.where(place >= 0, t >= 0, has_low)
 
 
 @triton.jit

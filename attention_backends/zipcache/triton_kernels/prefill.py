@@ -69,8 +69,8 @@ def _attend_tile(
     query_head: tl.tensor, key_token: tl.tensor, key_head: tl.tensor, value_token: tl.tensor,
     value_head: tl.tensor, out_token: tl.tensor, out_head: tl.tensor, page_block: tl.tensor,
     page_head: tl.tensor, tokens: tl.constexpr, group: tl.constexpr, rows: tl.constexpr,
-    block_size: tl.constexpr, head: tl.constexpr, quarter: tl.constexpr, salient: tl.constexpr,
-    keys: tl.constexpr,
+    block_size: tl.constexpr, head: tl.constexpr, quarter: tl.constexpr, n_k: tl.constexpr,
+    n_v: tl.constexpr, keys: tl.constexpr,
 ) -> None:  # fmt: skip
     """Attend with a tile of queries and the query heads of a KV head."""
     h, i, kv_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
@@ -99,20 +99,20 @@ def _attend_tile(
         place = tl.load(state + page)
         opened, half, low, next_low, raw, bits, _ = open_block(
             page, place, h, kv_heads, cache, halves, words, staging, residual, page_block,
-            page_head, block_size, head, salient,
+            page_head, block_size, head, n_k, n_v,
         )  # fmt: skip
         for begin in range(0, tl.minimum(block_size, position - b * block_size), keys):
             n = begin + tl.arange(0, keys)
             valid = b * block_size + n < position
             k0, k1, k2, k3 = load_keys(
-                opened, half, low, raw, bits, place, n, valid, j, block_size, head, salient
+                opened, half, low, raw, bits, place, n, valid, j, block_size, head, n_k, n_v
             )
             score = _score(q0, q1, q2, q3, k0, k1, k2, k3) * scale
             score = tl.where(valid[None, :], score, float("-inf"))
             p, fade, weight, peak = softmax_step(score, weight, peak)
             v0, v1, v2, v3 = load_values(
                 opened, half, low + next_low, raw, bits, place, n, valid, j, block_size, head,
-                salient,
+                n_k, n_v,
             )  # fmt: skip
             a0, a1 = _add(a0, fade, p, v0), _add(a1, fade, p, v1)
             a2, a3 = _add(a2, fade, p, v2), _add(a3, fade, p, v3)
@@ -163,6 +163,6 @@ def prefill(
         *value.stride()[:2], *out.stride()[:2], *layer.cache.stride()[:2],
         tokens=tile_tokens(group), group=group, rows=max(triton.next_power_of_2(group), ROWS),
         block_size=page.block_size, head=page.head_size, quarter=quarter_pad(page.head_size),
-        salient=page.salient, keys=min(KEYS if narrow else KEYS // 2, page.block_size),
-        num_warps=8, num_stages=2,
+        n_k=page.k_salient, n_v=page.v_salient,
+        keys=min(KEYS if narrow else KEYS // 2, page.block_size), num_warps=8, num_stages=2,
     )  # fmt: skip

@@ -79,7 +79,8 @@ def _score(
     scale: float, table_row: tl.tensor, query_token: tl.tensor, query_head: tl.tensor,
     key_token: tl.tensor, key_head: tl.tensor, page_block: tl.tensor, page_head: tl.tensor,
     single: tl.constexpr, group: tl.constexpr, block_size: tl.constexpr, head: tl.constexpr,
-    quarter: tl.constexpr, salient: tl.constexpr, tile: tl.constexpr, columns: tl.constexpr,
+    quarter: tl.constexpr, n_k: tl.constexpr, n_v: tl.constexpr, tile: tl.constexpr,
+    columns: tl.constexpr,
 ) -> None:  # fmt: skip
     """Score some blocks of a row."""
     first, h, kv_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -104,7 +105,7 @@ def _score(
         if place != SEALED:
             opened, half, low, _, raw, bits, held = open_block(
                 page, place, h, kv_heads, cache, halves, words, staging, residual, page_block,
-                page_head, block_size, head, salient,
+                page_head, block_size, head, n_k, n_v,
             )  # fmt: skip
             sums = residual_sums + held * block_size
             if place >= 0:
@@ -114,7 +115,7 @@ def _score(
                 at = i * block_size + t
                 k0, k1, k2, k3 = load_keys(
                     opened, half, low, raw, bits, place, t, at < position, j, block_size, head,
-                    salient,
+                    n_k, n_v,
                 )  # fmt: skip
                 # The step's own keys are seen as they came.
                 own, n = (at >= position) & (at < end), at - position
@@ -177,5 +178,5 @@ def _launch(
         batch.block_table.stride(0), *query.stride()[:2], *key.stride()[:2],
         *layer.cache.stride()[:2], single=single, group=query.shape[1] // kv_heads,
         block_size=page.block_size, head=page.head_size, quarter=quarter_pad(page.head_size),
-        salient=page.salient, tile=TILE, columns=COLUMNS, num_warps=4,
+        n_k=page.k_salient, n_v=page.v_salient, tile=TILE, columns=COLUMNS, num_warps=4,
     )  # fmt: skip

@@ -59,7 +59,7 @@ def _write(
     table_row: tl.tensor, key_token: tl.tensor, key_head: tl.tensor, value_token: tl.tensor,
     value_head: tl.tensor, page_block: tl.tensor, page_head: tl.tensor,
     single: tl.constexpr, scaled: tl.constexpr, block_size: tl.constexpr, head: tl.constexpr,
-    head_pad: tl.constexpr, quarter: tl.constexpr, salient: tl.constexpr,
+    head_pad: tl.constexpr, quarter: tl.constexpr, n_k: tl.constexpr, n_v: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write some of a row's blocks."""
     first, h, kv_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -93,23 +93,24 @@ def _write(
                 2 * block_size * (head // 4)
             )
             k_low, v_low = staged, staged + block_size * (head // 4)
-            # Where there is no choice to make the quota is all tokens or none.
+            # Where there is no choice to make a quota is all tokens or none.
             if place < 0:
-                k_low = cache + at + part("k_low", block_size, head, salient)
-                v_low = cache + at + part("v_low", block_size, head, salient)
-                bits = words + at // 4 + part("bitmap", block_size, head, salient, 4)
+                k_low = cache + at + part("k_low", block_size, head, n_k, n_v)
+                v_low = cache + at + part("v_low", block_size, head, n_k, n_v)
+                bits = words + at // 4 + part("v_bitmap", block_size, head, n_k, n_v, 4)
                 w = tl.arange(0, block_size // 32)
-                tl.store(bits + w, tl.full(w.shape, -1 if salient > 0 else 0, tl.int32))
-            keep = tl.where(place >= 0, block_size, salient)
+                tl.store(bits + w, tl.full(w.shape, -1 if n_v > 0 else 0, tl.int32))
+            k_keep = tl.where(place >= 0, block_size, n_k)
+            v_keep = tl.where(place >= 0, block_size, n_v)
             new = key + token.to(tl.int64) * key_token
             pack_keys(
-                raw, new, key_token, offset, cache + at, halves + at // 2, words, k_low, keep, j,
-                False, block_size, head, salient,
+                raw, new, key_token, offset, cache + at, halves + at // 2, words, k_low, k_keep, j,
+                False, block_size, head, n_k, n_v,
             )  # fmt: skip
             new = value + token.to(tl.int64) * value_token
             pack_values(
                 raw + block_size * head, new, value_token, offset, cache + at, halves + at // 2,
-                words, v_low, keep, j, False, scaled, block_size, head, salient,
+                words, v_low, v_keep, j, False, scaled, block_size, head, n_k, n_v,
             )  # fmt: skip
             if place >= 0:
                 # What decoding queries have added to tokens of a begun block stays.
@@ -165,5 +166,5 @@ def _launch(
         *value.stride()[:2], *layer.cache.stride()[:2],
         single=single, scaled=layer.scaled, block_size=page.block_size, head=page.head_size,
         head_pad=triton.next_power_of_2(page.head_size), quarter=quarter_pad(page.head_size),
-        salient=page.salient, num_warps=4,
+        n_k=page.k_salient, n_v=page.v_salient, num_warps=4,
     )  # fmt: skip
