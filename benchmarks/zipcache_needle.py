@@ -27,9 +27,15 @@ ASKED, LATER = "asked", "later"
 
 def settings(ratios: list[float]) -> dict[str, str | None]:
     """Return what is given to ``--plugin``, by name."""
-    mixed = {f"4/2, ratio {r:g}": f"zipcache:salient_ratio={r:g}" for r in ratios}
-    ranks_nothing = {"4/2, ratio 0.6, no probes": "zipcache:probe_recent=0,probe_random=0.01"}
-    return {STOCK: None, "4/4": "zipcache:bits=4/4", **mixed, **ranks_nothing,
+    same = "key_salient_ratio=null"
+    mixed = {f"4/2, ratio {r:g}": f"zipcache:salient_ratio={r:g},{same}" for r in ratios}
+    few = f"zipcache:salient_ratio=0.6,{same},probe_recent=0,probe_random=0.01"
+    ranks_nothing = {"4/2, ratio 0.6, no probes": few}
+    keys_first = {
+        f"4/2, keys 1, values {r:g}": f"zipcache:salient_ratio={r:g},key_salient_ratio=1"
+        for r in (0.2, 0.3)
+    }
+    return {STOCK: None, "4/4": "zipcache:bits=4/4", **keys_first, **mixed, **ranks_nothing,
             "2/2": "zipcache:bits=2/2"}  # fmt: skip
 
 

@@ -96,11 +96,14 @@ def settings() -> Iterator[Setting]:
     for block in (32, 128):
         yield Setting("4/2", 0.6, block=block)
     yield Setting("4/4", block=128)
+    yield Setting("4/4", block=32)
     # Which of the two needs its bits: keys, or values.
     yield Setting("4/2", 1, block=128, keys=0.6)
-    for ratio in (0, 0.3, 0.6):
-        yield Setting("4/2", ratio, block=128, keys=1)
     yield Setting("4/2", 0.3, block=128, keys=0.8)
+    for ratio in (0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8):
+        yield Setting("4/2", ratio, block=128, keys=1)
+    for ratio in (0, 0.2, 0.3, 0.4):
+        yield Setting("4/2", ratio, keys=1)
 
 
 class Recorder:
@@ -206,8 +209,8 @@ def packed(prompt: Prompt, setting: Setting) -> Iterator[tuple[torch.Tensor, tor
         yield k.flatten(1, 2), v.flatten(1, 2)
 
 
-def loss(model: Any, prompt: Prompt, setting: Setting | None) -> float:
-    """Return the mean loss of what follows, on the cache of a setting or the exact one."""
+def predictions(model: Any, prompt: Prompt, setting: Setting | None) -> torch.Tensor:
+    """Return the logarithms of what follows, on the cache of a setting or the exact one."""
     from transformers import DynamicCache
 
     layers = (
@@ -216,9 +219,29 @@ def loss(model: Any, prompt: Prompt, setting: Setting | None) -> float:
     cache = DynamicCache()
     for i, (k, v) in enumerate(layers):
         cache.update(k[None], v[None], i)
-    inputs, wanted = prompt.following[None, :-1], prompt.following[1:]
-    logits = model(inputs, past_key_values=cache, use_cache=True).logits[0]
-    return torch.nn.functional.cross_entropy(logits, wanted).item()
+    inputs = prompt.following[None, :-1]
+    return model(inputs, past_key_values=cache, use_cache=True).logits[0].log_softmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a cache costs on one passage, in nats a token.
+
+    Attributes:
+        increase: Of the text's loss. Its spread over passages hides what is small.
+        divergence: From the exact cache's predictions. It is what the increase would be in the mean
+            were the text drawn from them, and has no such spread.
+    """
+
+    increase: float
+    divergence: float
+
+    @classmethod
+    def between(cls, exact: torch.Tensor, other: torch.Tensor, text: torch.Tensor) -> Loss:
+        """Compare two caches' predictions of a text."""
+        nll = torch.nn.functional.nll_loss
+        divergence = (exact.exp() * (exact - other)).sum(dim=-1).mean()
+        return cls((nll(other, text) - nll(exact, text)).item(), divergence.item())
 
 
 def overlap(prompt: Prompt, setting: Setting) -> float:
@@ -239,28 +262,31 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         exact, losses, overlaps = [], {x: [] for x in settings()}, []
         for ids in passages:
             prompt = compute(model, recorder, ids)
-            exact.append(loss(model, prompt, None))
+            text, stock = prompt.following[1:], predictions(model, prompt, None)
+            exact.append(torch.nn.functional.nll_loss(stock, text).item())
             overlaps.append(overlap(prompt, Setting("4/2")))
             for setting in losses:
-                losses[setting].append(loss(model, prompt, setting) - exact[-1])
+                ours = predictions(model, prompt, setting)
+                losses[setting].append(Loss.between(stock, ours, text))
         found[kind] = {
             "exact perplexity": math.exp(statistics.mean(exact)),
             "overlap with a global quota, r=0.6": statistics.mean(overlaps),
             "settings": {x.label: row(model, x, y) for x, y in losses.items()},
         }
         for label, y in found[kind]["settings"].items():
-            print(f"{kind}: {label}: {y['increase']:+.2%} ± {y['error']:.2%}", flush=True)
+            loss = f"{y['increase']:+.2%} ± {y['error']:.2%}"
+            print(f"{kind}: {label}: {loss}, divergence {y['divergence']:.4f}", flush=True)
     return found
 
 
-def row(model: Any, setting: Setting, increases: list[float]) -> dict[str, Any]:
+def row(model: Any, setting: Setting, losses: list[Loss]) -> dict[str, Any]:
     """Return what is reported of a setting."""
     config = model.config
     size = config.hidden_size // config.num_attention_heads
     each = setting.page(size).token_bytes
     token = each * config.num_key_value_heads * config.num_hidden_layers
-    mean = statistics.mean(increases)
-    spread = statistics.stdev(increases) / len(increases) ** 0.5 if len(increases) > 1 else 0.0
+    mean, spread = mean_and_error([x.increase for x in losses])
+    divergence, its_spread = mean_and_error([x.divergence for x in losses])
     return {
         "bits": setting.bits,
         "salient ratio": setting.ratio,
@@ -268,11 +294,19 @@ def row(model: Any, setting: Setting, increases: list[float]) -> dict[str, Any]:
         "salient ratio of keys": setting.ratio if setting.keys is None else setting.keys,
         "increase": math.exp(mean) - 1,
         "error": spread,
+        "divergence": divergence,
+        "error of divergence": its_spread,
         "bytes per token": token,
         "tokens per GiB": 2**30 // (token * setting.block) * setting.block,
         "smaller than bfloat16": 4 * size / each,
         "smaller than bfloat16, heads of 128": 512 / setting.page(128).token_bytes,
     }
+
+
+def mean_and_error(numbers: list[float]) -> tuple[float, float]:
+    """Return the mean and its standard error."""
+    error = statistics.stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else 0.0
+    return statistics.mean(numbers), error
 
 
 def pages_at_128() -> dict[str, float]:

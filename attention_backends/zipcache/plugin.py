@@ -31,17 +31,18 @@ class ZipCacheOptions(Options):
         description="Bits of salient and of other tokens; 4/4 and 2/2 are one class, to compare.",
     )
     salient_ratio: float = Field(
-        0.6,
+        0.2,
         ge=0,
         le=1,
-        description="With bits=4/2, share of the salient tokens, in whole tokens of a block.",
+        description="With bits=4/2, share of the tokens whose values are salient, in whole tokens "
+        "of a block. The paper has 0.6, for keys too.",
     )
     key_salient_ratio: float | None = Field(
-        None,
+        1.0,
         ge=0,
         le=1,
-        description="The same for keys alone, which lose more by two bits than values do; "
-        "salient_ratio is then that of values. By default, as in the paper, both have the same.",
+        description="The same for keys, which lose more by two bits than values do; null, as in "
+        "the paper: that of values.",
     )
     probe_recent: float = Field(
         0.05,

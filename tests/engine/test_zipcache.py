@@ -9,6 +9,7 @@ from tests.models import make_engine, plugin_samples, scheduler_of, tiny_llama, 
 from vllm_plugins import engine_args
 from vllm_plugins.attention_backends.zipcache.metrics import BlockMeter
 from vllm_plugins.attention_backends.zipcache.page import PageFormat
+from vllm_plugins.attention_backends.zipcache.plugin import ZipCacheOptions
 
 pytestmark = pytest.mark.engine
 
@@ -103,7 +104,7 @@ def packed(stock):
 
 
 def test_the_cache_holds_as_many_blocks_as_pages_fit(packed, stock):
-    page = PageFormat.of(BLOCK, 32, "4/2", 0.6)
+    page = PageFormat.of(BLOCK, 32, *ZipCacheOptions().shares)
     runner = worker_of(packed).model_runner
     assert runner.kv_caches[0].shape[-1] == page.token_bytes
     assert runner.kv_cache_config.num_blocks == stock["blocks"] * STOCK_TOKEN // page.token_bytes
@@ -174,33 +175,55 @@ def test_aborts_leave_nothing(packed):
     assert_idle(packed)
 
 
-def test_a_session_that_streams_its_input_goes_on(packed):
-    """Its next turn comes as a new request of a name that the worker knows already."""
+def converse(llm, turns, tokens, beside=()):
+    """Stream the turns of a session, other requests beside it; return its answer to each."""
     from vllm.sampling_params import RequestOutputKind
 
-    params, said = _greedy(30), []
-    params.output_kind = RequestOutputKind.DELTA
-    engine, core = packed.llm_engine, packed.llm_engine.engine_core
+    engine, core, said = llm.llm_engine, llm.llm_engine.engine_core, []
 
-    def add(tokens, resumable):
-        core.add_request(
-            engine.input_processor.process_inputs(
-                "session",
-                {"prompt_token_ids": [*tokens]},
-                params,
-                ("generate",),
-                resumable=resumable,
-            )
+    def add(name, prompt, resumable, count):
+        params = _greedy(count)
+        params.output_kind = RequestOutputKind.DELTA
+        request = engine.input_processor.process_inputs(
+            name, {"prompt_token_ids": [*prompt]}, params, ("generate",), resumable=resumable
         )
+        core.add_request(request)
 
-    add(PROMPTS[5], True)
-    for turn in range(2):
-        while len(said) < 30 * (turn + 1):
-            said += [token for x in core.get_output().outputs for token in x.new_token_ids]
-        add(PROMPTS[5][:40], turn == 0)
+    for i, prompt in enumerate(beside):
+        add(f"beside-{i}", prompt, False, TOKENS)
+    for turn in turns:
+        add("session", turn, True, tokens)
+        wanted = len(said) + tokens
+        while len(said) < wanted:
+            outputs = [x for x in core.get_output().outputs if x.request_id == "session"]
+            said += [token for x in outputs for token in x.new_token_ids]
+    add("session", [0], False, tokens)
+    while scheduler_of(llm).requests:
+        core.get_output()
     core.get_output()
+    llm.reset_prefix_cache()
+    return [said[i : i + tokens] for i in range(0, len(said), tokens)]
+
+
+def test_a_session_whose_input_is_streamed_answers_within_a_block_as_whole_prompts_are(packed):
+    """Its next turn comes as a new request of a name that the worker knows already."""
+    turns, prompt = [PROMPTS[1], PROMPTS[5][:14], PROMPTS[6][:9]], []
+    for turn, answer in zip(turns, converse(packed, turns, 9), strict=True):
+        prompt += turn
+        assert len(prompt) + 9 <= BLOCK
+        assert answer == greedy(packed, [prompt], 9)[0]
+        # What a turn ends with has not been computed, and is dropped.
+        prompt += answer[:-1]
+    assert_idle(packed)
+
+
+def test_a_long_session_answers_beside_others_as_it_does_alone(packed):
+    turns = [PROMPTS[5], PROMPTS[5][:40], PROMPTS[4], PROMPTS[1]]
+    alone = converse(packed, turns, 30)
+    assert alone[0] == greedy(packed, [PROMPTS[5]], 30)[0]
     packed.reset_prefix_cache()
-    assert said[:30] == greedy(packed, [PROMPTS[5]], 30)[0]
+    # Others of the same prompt would be read from the prefix cache, packed.
+    assert converse(packed, turns, 30, [*PROMPTS[:5], *PROMPTS[6:]]) == alone
     assert_idle(packed)
 
 
@@ -209,7 +232,7 @@ def test_metrics_move(packed):
     greedy(packed, [PROMPTS[-1]])
     # 14 blocks of the prompt, and one that is filled by what follows.
     assert counted(packed, "sealed_blocks_total") >= sealed + 15
-    page = PageFormat.of(BLOCK, 32, "4/2", 0.6)
+    page = PageFormat.of(BLOCK, 32, *ZipCacheOptions().shares)
     assert counted(packed, "token_bytes") == 4 * 2 * page.token_bytes
 
 

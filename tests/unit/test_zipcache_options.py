@@ -186,7 +186,7 @@ def test_staging_holds_what_a_step_fills(config):
     ("values", "reason"),
     [
         ({"bits": "4/4", "salient_ratio": 0.5}, "salient_ratio has no meaning with bits=4/4"),
-        ({"bits": "2/2", "key_salient_ratio": 1}, "key_salient_ratio has no meaning with bits=2/2"),
+        ({"bits": "2/2", "key_salient_ratio": 0}, "key_salient_ratio has no meaning with bits=2/2"),
         ({"probe_recent": 0, "probe_random": 0}, "leave nothing to score tokens by"),
         (
             {"salient_ratio": 1, "key_salient_ratio": 0.5, "probe_recent": 0, "probe_random": 0},
@@ -210,7 +210,10 @@ def test_the_compile_cache_tells_packed_layers_from_others():
 
 
 def test_one_class_needs_no_probes():
-    assert ZipCacheOptions(salient_ratio=1, probe_recent=0, probe_random=0).salient_ratio == 1
+    options = ZipCacheOptions(
+        salient_ratio=1, key_salient_ratio=None, probe_recent=0, probe_random=0
+    )
+    assert options.shares == ("4/2", 1, None)
     assert ZipCacheOptions(bits="2/2", probe_recent=0, probe_random=0).bits == "2/2"
     # Keys of four bits and values of two.
     options = ZipCacheOptions(salient_ratio=0, key_salient_ratio=1, probe_recent=0, probe_random=0)
@@ -224,7 +227,12 @@ def test_each_format_of_pages_has_a_backend_of_its_own():
 
     shares = [
         ZipCacheOptions(**x).shares
-        for x in ({}, {"salient_ratio": 0.3}, {"key_salient_ratio": 1}, {"key_salient_ratio": 0.6})
+        for x in (
+            {},
+            {"salient_ratio": 0.3},
+            {"key_salient_ratio": None},
+            {"key_salient_ratio": 0.6},
+        )
     ]
     backends = [packed_backend(PackedCpuBackend, *x) for x in shares]
     assert backends == [packed_backend(PackedCpuBackend, *x) for x in shares]
