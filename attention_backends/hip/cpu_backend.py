@@ -24,7 +24,12 @@ from vllm_plugins.attention_backends.hip.meter import BatchMeter
 from vllm_plugins.attention_backends.hip.plan import LayerPlan
 from vllm_plugins.attention_backends.hip.query_blocks import QueryBlocks, concatenate
 from vllm_plugins.attention_backends.hip.selection import NONE
-from vllm_plugins.attention_backends.hip.worker import SparseLayer, hip_options, sparse_layers
+from vllm_plugins.attention_backends.hip.worker import (
+    SparseBuilder,
+    SparseLayer,
+    hip_options,
+    sparse_layers,
+)
 
 
 class HipCpuBackend(CPUAttentionBackend):
@@ -53,7 +58,7 @@ class HipCpuMetadata(CPUAttentionMetadata):
     query_blocks: QueryBlocks | None = None
 
 
-class HipCpuMetadataBuilder(CPUAttentionMetadataBuilder):
+class HipCpuMetadataBuilder(SparseBuilder, CPUAttentionMetadataBuilder):
     """Describes batches; remembers how old what is kept of each request is."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
@@ -82,7 +87,8 @@ class HipCpuMetadataBuilder(CPUAttentionMetadataBuilder):
         if self._planner is None:
             return HipCpuMetadata(**values)
         decodes, prompts = self._planner.plan(_rows(common_attn_metadata, self.block_size))
-        self._meter.count(decodes, prompts, self._num_stages)
+        if self.is_counting:
+            self._meter.count(decodes, prompts, self._num_stages)
         return HipCpuMetadata(**values, query_blocks=concatenate([decodes, prompts]))
 
 
@@ -161,9 +167,13 @@ class HipCpuImpl(SparseLayer, CPUAttentionBackendImpl):
         cache = _rows_of_blocks(kv_cache)
         size = cache.shape[2] // 2
         n = slot_mapping.shape[0]
+        key, value, real = key[:n], value[:n], slot_mapping >= 0
+        # A batch that stands in for no request's writes nowhere.
+        if not real.all():
+            key, value, slot_mapping = key[real], value[real], slot_mapping[real]
         block, offset = slot_mapping // size, slot_mapping % size
-        cache[block, :, offset] = key[:n]
-        cache[block, :, offset + size] = value[:n]
+        cache[block, :, offset] = key
+        cache[block, :, offset + size] = value
 
 
 def _rows_of_blocks(kv_cache: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ from vllm_plugins.attention_backends.hip.selection import NONE
 from vllm_plugins.attention_backends.hip.triton_kernels import ops
 from vllm_plugins.attention_backends.hip.triton_kernels.blocks import Batch
 from vllm_plugins.attention_backends.hip.triton_kernels.decode import num_splits
-from vllm_plugins.attention_backends.hip.worker import SparseLayer, sparse_layers
+from vllm_plugins.attention_backends.hip.worker import SparseBuilder, SparseLayer, sparse_layers
 
 
 class HipCudaBackend(CausalCudaBackend):
@@ -57,7 +57,7 @@ class HipCudaMetadata(FlashAttentionMetadata):
     sparse: SparseRows | None = None
 
 
-class HipCudaMetadataBuilder(FlashAttentionMetadataBuilder):
+class HipCudaMetadataBuilder(SparseBuilder, FlashAttentionMetadataBuilder):
     """Describes batches; remembers how old what is kept of each request is."""
 
     # Of other steps different kernels run from batch to batch; graphs are captured around those.
@@ -86,18 +86,14 @@ class HipCudaMetadataBuilder(FlashAttentionMetadataBuilder):
         values = {f.name: getattr(stock, f.name) for f in fields(stock)}
         sparse = None
         if self._planner is not None:
-            sparse = self._planner.plan(common_attn_metadata, stock)
+            sparse = self._planner.plan(common_attn_metadata, stock, self.is_counting)
         return HipCudaMetadata(**values, sparse=sparse)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> HipCudaMetadata:
         """Describe a batch whose graph serves sequences of every length."""
-        if self._planner is None:
-            return self.build(0, common_attn_metadata)
-        self._planner.is_counting = False
         built = self.build(0, common_attn_metadata)
-        self._planner.is_counting = True
         if built.sparse is not None and built.sparse.rest is not None:
             longest = self.model_config.max_model_len
             built.sparse.rest.max_seq_len = longest
@@ -128,6 +124,23 @@ class HipCudaImpl(SparseLayer, FlashAttentionImpl):
             torch.full((max_num_seqs, x.keep_chunks), NONE, dtype=torch.int32, device=device)
             for x in plan.stages
         ]
+
+    def warm_up(self, kv_cache: torch.Tensor, max_len: int, phases: str) -> None:
+        """Launch every kernel on an empty query block, so that no request waits for a compiler."""
+        plan, device = self.plan, kv_cache.device
+        assert plan is not None
+        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        query = keys.new_zeros(1, self.num_heads, self.head_size)
+        table, blocks = torch.zeros(2, 6, dtype=torch.int32, device=device).split(1)
+        lists = [blocks.new_empty(1, x.keep_chunks) for x in plan.stages]
+        if phases != "prefill":
+            batch = Batch(query, keys, table, blocks, self._queries, max_len)
+            ops.hip_select(batch, plan, plan.overlap, lists)
+            ops.hip_decode(batch, values, lists[-1], plan, self.scale, 0, query)
+        if phases != "decode":
+            batch = Batch(query, keys, table, blocks, QUERY_BLOCK, max_len)
+            ops.hip_select(batch, plan, 0, lists)
+            ops.hip_prefill(batch, values, lists[-1], plan, self.scale, query)
 
     def forward(
         self,

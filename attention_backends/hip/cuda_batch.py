@@ -79,9 +79,6 @@ class DevicePlanner:
         layers: Names of the layers that it is for.
         block_size: Tokens of a cache block.
         device: Of the kernels.
-
-    Attributes:
-        is_counting: Whether batches are requests' own, and not those that graphs are captured of.
     """
 
     def __init__(
@@ -98,32 +95,33 @@ class DevicePlanner:
             graphs, len(fields(QueryBlocks)), dtype=torch.int32, device=device
         )
         self._lengths = torch.zeros(graphs, dtype=torch.int32, device=device)
-        self.is_counting = True
         self._prompts = BatchPlanner(self._options, 1, 1)
         self._meter = _LateMeter(config, layers, len(self._options.stages))
 
     def plan(
-        self, batch: CommonAttentionMetadata, stock: FlashAttentionMetadata
+        self, batch: CommonAttentionMetadata, stock: FlashAttentionMetadata, is_counting: bool
     ) -> SparseRows | None:
         """Find a batch's sparse rows.
 
         Args:
             batch: vLLM's description of it.
             stock: The stock builder's.
+            is_counting: Whether metrics count it (`worker.SparseBuilder`).
 
         Returns:
             The sparse rows, or None if the stock kernel serves all of them.
         """
         host = _host_rows(batch)
         if len(self._blocks) and batch.max_query_len == 1:
-            return self._plan_graph(batch, stock, host)
+            return self._plan_graph(batch, stock, host, is_counting)
         decoding = ~host.prefilling & (host.length > 0) & (host.length <= self._queries)
         sparse = decoding & self._is_sparse(host.position + host.length)
         prompts = self._prompts.plan(_prompts_of(host, decoding))[1]
         served = sparse.clone()
         served[prompts.row[prompts.level != DENSE].long()] = True
         decodes = self._decodes(batch, sparse)
-        self._count(decodes, _whole(host, decoding & ~sparse), prompts)
+        if is_counting:
+            self._meter.count(decodes, _whole(host, decoding & ~sparse), prompts)
         if not served.any():
             return None
         mine = QueryBlocks(*(x[served[prompts.row.long()]] for x in vars(prompts).values()))
@@ -136,7 +134,11 @@ class DevicePlanner:
         )
 
     def _plan_graph(
-        self, batch: CommonAttentionMetadata, stock: FlashAttentionMetadata, host: Rows
+        self,
+        batch: CommonAttentionMetadata,
+        stock: FlashAttentionMetadata,
+        host: Rows,
+        is_counting: bool,
     ) -> SparseRows:
         """Describe a step of single tokens where a graph reads it, in whatever graph that is.
 
@@ -149,7 +151,8 @@ class DevicePlanner:
         blocks.copy_(self._query_blocks(batch, torch.arange(n, device=self._device), mask))
         own = batch.query_start_loc[1 : n + 1] - batch.query_start_loc[:n]
         lengths.copy_(torch.where(mask, own, stock.seq_lens[:n]))
-        self._count(blocks, _whole(host, has_tokens & ~sparse), _nothing(host))
+        if is_counting:
+            self._meter.count(blocks, _whole(host, has_tokens & ~sparse), _nothing(host))
         rest = copy.copy(stock)
         rest.seq_lens, rest.scheduler_metadata = lengths, None
         return SparseRows(decodes=blocks, prompts=None, max_len=stock.max_seq_len, rest=rest)
@@ -184,12 +187,6 @@ class DevicePlanner:
         kept_row, level = self._cache.step(before, slots, position, sparse, batch.slot_mapping)
         length = torch.where(sparse, length, 0)
         return pack(QueryBlocks(start, length, row.to(torch.int32), position, level, kept_row))
-
-    def _count(
-        self, decodes: torch.Tensor | None, dense: QueryBlocks, prompts: QueryBlocks
-    ) -> None:
-        if self.is_counting:
-            self._meter.count(decodes, dense, prompts)
 
     def _rest(
         self,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from vllm.logger import init_logger
@@ -10,16 +12,18 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_plugins.engine.attention_host import attention_layers
-from vllm_plugins.engine.worker_host import WorkerListener
+from vllm_plugins.engine.worker_host import WorkerListener, is_warm_up
 from vllm_plugins.errors import PluginError
 from vllm_plugins.settings import enabled_plugins
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
 
     from vllm_plugins.attention_backends.hip.plan import LayerPlan
     from vllm_plugins.attention_backends.hip.plugin import HipOptions
+    from vllm_plugins.engine.worker_host import RunnerView
 
 logger = init_logger("vllm.vllm_plugins.hip")
 
@@ -41,6 +45,27 @@ class SparseLayer(ABC):
             plan: What the layer prunes.
             max_num_seqs: Most requests of a batch.
         """
+
+    def warm_up(self, kv_cache: torch.Tensor, max_len: int, phases: str) -> None:
+        """Compile what is compiled on first use.
+
+        Args:
+            kv_cache: The layer's.
+            max_len: Longest sequence.
+            phases: Which of them are sparse, as of the options.
+        """
+        return
+
+
+class SparseBuilder:
+    """What the builders of batches have in common on all platforms.
+
+    Attributes:
+        is_counting: Whether batches are steps of requests, and not what is run to measure memory,
+            to capture graphs or to warm up.
+    """
+
+    is_counting: bool = False
 
 
 def hip_options(config: VllmConfig) -> HipOptions:
@@ -66,6 +91,29 @@ class HipListener(WorkerListener):
     def __init__(self, options: HipOptions, config: VllmConfig) -> None:
         self._options = options
         self._config = config
+        self._builders: list[SparseBuilder] = []
+
+    def on_kv_cache_ready(self, runner: RunnerView) -> None:
+        """Compile the layers' kernels, and find the builders, which count batches."""
+        longest = self._config.model_config.max_model_len
+        for name in sparse_layers(self._config):
+            layer = runner.attention_layer(name)
+            layer.impl.warm_up(layer.kv_cache, longest, self._options.phases)
+        groups = (group for groups in runner.attention_groups for group in groups)
+        builders = (builder for group in groups for builder in group.metadata_builders)
+        self._builders = [x for x in builders if isinstance(x, SparseBuilder)]
+
+    @contextmanager
+    def around_execute_model(self, scheduler_output: SchedulerOutput) -> Iterator[None]:
+        """Let a step's batches be counted, if the step is of requests."""
+        counting = not is_warm_up(scheduler_output)
+        for builder in self._builders:
+            builder.is_counting = counting
+        try:
+            yield
+        finally:
+            for builder in self._builders:
+                builder.is_counting = False
 
     def on_model_loaded(self, model: torch.nn.Module) -> None:
         """Make layers sparse and take the memory for what they keep.

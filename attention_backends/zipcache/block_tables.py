@@ -52,7 +52,7 @@ class BlockTables:
             [len(x) for x in here]
         )
         self.state[blocks.long()] = states
-        self.parts[last.long()] = records.view(len(last), -1)
+        self.parts[last.long()] = records.view(-1, self.parts.shape[1])
         self.probes[: len(marks)] = marks
 
     def send(self, seals: Seals) -> Seals:

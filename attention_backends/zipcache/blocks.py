@@ -11,6 +11,10 @@ A full block can be shared by vLLM's prefix cache from the step on in which it i
 state: readers follow the state. Only who wrote it adds to its scores. A request has one residual
 row as long as it runs; when it ends, or is preempted, its full blocks are sealed and the row is
 free. Without a choice to make (one class of bits) prompts' blocks are sealed as they are written.
+
+There are as many rows as requests can run at a time. A session whose next turn waits holds one too,
+and vLLM may let another request run in its place: where that one finds no row, the session's leaves
+the device until the session goes on.
 """
 
 from __future__ import annotations
@@ -71,6 +75,8 @@ class _Request:
     staged: list[int] = field(default_factory=list)
     # Index of a block that decoding has filled and that is still in the residual row.
     filled: int | None = None
+    # What the probes counts of its row were, while the row is away.
+    away: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,8 @@ class BlockLife:
         state: Where each block's tokens are, int32, shape (blocks,).
         sealed: Blocks sealed so far, by reason.
         parts: What each request has to do in this step, by the block that it writes last.
+        leaving: Requests whose residual rows leave the device before this step, and the rows.
+        returning: Those whose rows come back after that, and the rows that they get.
 
     Args:
         options: What decides about them.
@@ -129,6 +137,9 @@ class BlockLife:
         self._row_seen = np.zeros((options.rows, options.block_size), dtype=np.int32)
         self._new: set[int] = set()
         self.parts: dict[int, Part] = {}
+        self.leaving: dict[str, int] = {}
+        self.returning: dict[str, int] = {}
+        self._scheduled: set[str] = set()
         self._changed: set[int] = set()
         self._seals: list[tuple[int, int, int, np.ndarray]] = []
 
@@ -141,6 +152,11 @@ class BlockLife:
     def changed(self) -> list[int]:
         """Blocks whose state this step has changed."""
         return list(self._changed)
+
+    @property
+    def away(self) -> set[str]:
+        """Requests whose residual rows are not on the device."""
+        return {name for name, x in self._requests.items() if x.away is not None}
 
     def part(self, block: int) -> Part:
         """Return what the request that writes a block last in this step has to do in it."""
@@ -158,6 +174,7 @@ class BlockLife:
             The blocks to seal, in every layer, before anything of the step is written.
         """
         self._seals, self.parts, self._new, self._changed = [], {}, set(), set()
+        self.leaving, self.returning, self._scheduled = {}, {}, set(output.num_scheduled_tokens)
         for name in output.finished_req_ids:
             self._end(name)
             self._prompts.pop(name, None)
@@ -167,6 +184,8 @@ class BlockLife:
             self._seal_filled(request, "decode")
             if request.computed >= request.prompt:
                 self._seal_staged(request, "prompt")
+        for name in sorted(self._scheduled & self.away):
+            self._bring_back(name)
         self._admit(output)
         counts = output.num_scheduled_tokens
         decoding = {name: self._plan(self._requests[name], n) for name, n in counts.items()}
@@ -256,10 +275,29 @@ class BlockLife:
     def _keep_raw(self, request: _Request, block: int, is_new: bool) -> None:
         """Let tokens go to the residual row; also those by which decoding fills a block."""
         if request.row == NO_ROW:
-            request.row = self._free_rows.pop()
+            request.row = self._take_row()
         if is_new:
             self._row_seen[request.row] = 0
         self._move(block, RAW - request.row)
+
+    def _take_row(self) -> int:
+        if not self._free_rows:
+            idle = (x for x in self._requests.items() if x[0] not in self._scheduled)
+            name, request = next((name, x) for name, x in idle if x.row != NO_ROW)
+            request.away = self._row_seen[request.row].copy()
+            self.leaving[name] = request.row
+            self._free_rows.append(request.row)
+            request.row = NO_ROW
+        return self._free_rows.pop()
+
+    def _bring_back(self, name: str) -> None:
+        request = self._requests[name]
+        assert request.away is not None
+        row = self.returning[name] = request.row = self._take_row()
+        self._row_seen[row], request.away = request.away, None
+        block = request.blocks[(request.computed - 1) // self.options.block_size]
+        if int(self.state[block]) <= RAW:
+            self._move(block, RAW - row)
 
     def _fill(self, request: _Request, index: int, block: int) -> None:
         """Let a prompt's block be staged, or sealed at once where there is no choice to make."""

@@ -41,9 +41,9 @@ class PackedCpuBackend(PackedPages, ZipCacheCpuBackend):
 
 @dataclass(frozen=True)
 class ZipCacheCpuMetadata:
-    """A batch, as the packed layers' kernels are told of it."""
+    """A batch, as the packed layers' kernels are told of it; None for one of no requests."""
 
-    batch: Batch
+    batch: Batch | None
 
 
 class ZipCacheCpuMetadataBuilder(AttentionMetadataBuilder[ZipCacheCpuMetadata]):
@@ -62,6 +62,9 @@ class ZipCacheCpuMetadataBuilder(AttentionMetadataBuilder[ZipCacheCpuMetadata]):
         fast_build: bool = False,
     ) -> ZipCacheCpuMetadata:
         """Describe a batch with the state of its blocks."""
+        # What a rank runs that has nothing to do while others have (V2).
+        if common_attn_metadata.slot_mapping[0] < 0:
+            return ZipCacheCpuMetadata(None)
         assert self.life is not None, "the listener makes the blocks' life with the KV cache"
         return ZipCacheCpuMetadata(make_batch(common_attn_metadata, self.life))
 
@@ -137,12 +140,14 @@ class ZipCacheCpuImpl(PackedLayer, CPUAttentionBackendImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write and attend; arguments are those of the stock layer."""
-        if self.memory is None or attn_metadata is None:
+        if self.memory is None:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale,
                 output_block_scale,
             )  # fmt: skip
-        batch, kernels = attn_metadata.batch, _kernels()
+        batch, kernels = attn_metadata.batch if attn_metadata is not None else None, _kernels()
+        if batch is None:
+            return output
         kernels.write(self.memory, key, value, batch)
         kernels.attend(self.memory, query, key, value, output, batch, self.scale)
         return output

@@ -56,12 +56,18 @@ class BlockMeter:
         if self._metrics is not None:
             self._metrics.set(TOKEN_BYTES.name, count)
 
-    def step(self, life: BlockLife) -> None:
-        """Count what a step has sealed."""
+    def step(self, life: BlockLife, is_counting: bool = True) -> None:
+        """Count what a step has sealed.
+
+        Args:
+            life: The blocks.
+            is_counting: Whether the step is of requests, and not one to warm up.
+        """
         if self._metrics is None:
             return
         self._metrics.set(STAGED.name, life.num_staged)
         for reason, count in life.sealed.items():
             if count != self._before[reason]:
-                self._metrics.inc(SEALED.name, count - self._before[reason], reason)
+                if is_counting:
+                    self._metrics.inc(SEALED.name, count - self._before[reason], reason)
                 self._before[reason] = count

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
+from vllm_plugins.attention_backends.zipcache.away import AwayRows
 from vllm_plugins.attention_backends.zipcache.batch import LayerMemory, Seals
 from vllm_plugins.attention_backends.zipcache.blocks import BlockLife, LifeOptions
 from vllm_plugins.attention_backends.zipcache.metrics import BlockMeter
 from vllm_plugins.attention_backends.zipcache.page import HEAD_MULTIPLE, PageFormat
 from vllm_plugins.attention_backends.zipcache.saliency import Probing
 from vllm_plugins.engine.attention_host import attention_layers
-from vllm_plugins.engine.worker_host import WorkerListener
+from vllm_plugins.engine.worker_host import WorkerListener, is_warm_up
 from vllm_plugins.errors import PluginError
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class ZipCacheListener(WorkerListener):
         self._life: BlockLife | None = None
         self._tables: BlockTables | None = None
         self._meter: BlockMeter | None = None
+        self._away = AwayRows()
 
     def on_model_loaded(self, model: torch.nn.Module) -> None:
         """Pack layers and take their memory besides the cache.
@@ -195,7 +197,8 @@ class ZipCacheListener(WorkerListener):
             if seals is not None:
                 for impl in self._packed.values():
                     impl.seal(seals)
-            self._meter.step(self._life)
+            self._away.step(self._life, [impl.memory for impl in self._packed.values()])
+            self._meter.step(self._life, not is_warm_up(scheduler_output))
         return nullcontext()
 
 

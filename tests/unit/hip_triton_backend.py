@@ -104,6 +104,33 @@ def test_it_answers_as_the_cpu_backend_does(llm, on_cpu):
     assert torch.allclose(logprobs, on_cpu[1], atol=1e-4)
 
 
+def test_kernels_are_compiled_before_requests_come(llm, monkeypatch):
+    """Of a phase that is sparse, all are launched, and none does anything."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launched, original = [], InterpretedFunction.__getitem__
+
+    def listed(self, grid):
+        launched.append(self.fn.__name__)
+        return original(self, grid)
+
+    monkeypatch.setattr(InterpretedFunction, "__getitem__", listed)
+    view = worker_of(llm).plugin_view()
+    [name] = view.config.compilation_config.static_forward_context
+    layer = view.attention_layer(name)
+    before = layer.kv_cache.clone(), [x.clone() for x in layer.impl._kept]
+    selected = ["_keep_best"] * 2
+    for phases, wanted in (
+        ("decode", ["_attend_split", *selected, "_merge", *["_scan_few"] * 2]),
+        ("prefill", ["_attend_block", *selected, *["_scan_many"] * 2]),
+    ):
+        launched.clear()
+        layer.impl.warm_up(layer.kv_cache, 2048, phases)
+        assert sorted(launched) == sorted(wanted)
+    assert torch.equal(layer.kv_cache, before[0])
+    assert all(map(torch.equal, layer.impl._kept, before[1]))
+
+
 def batch_of(requests):
     """A batch of requests: first position, tokens, whether they are of its prompt."""
     lengths = torch.tensor([n for _, n, _ in requests])
@@ -212,10 +239,13 @@ def test_graphs_are_captured_for_the_longest_sequence_and_not_counted(llm, graph
     builder, counted = builder_of(llm), []
     monkeypatch.setattr(builder._planner._meter, "count", lambda *blocks: counted.append(blocks))
     batch = batch_of([(200, 1, False), (50, 1, False)])
+    # Outside of steps of requests.
     built = builder.build_for_cudagraph_capture(batch)
     longest = builder.model_config.max_model_len
     assert built.sparse.max_len == built.sparse.rest.max_seq_len == longest > 201
+    builder.build(0, batch)
     assert not counted
+    monkeypatch.setattr(builder, "is_counting", True)
     builder.build(0, batch)
     assert len(counted) == 1
 

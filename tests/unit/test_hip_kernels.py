@@ -8,7 +8,9 @@ import torch
 
 from tests.unit.hip_problem import SMALL, Problem, attended, blocks, decodes, select
 from vllm_plugins.attention_backends.hip import cpu_kernels, torch_attention
+from vllm_plugins.attention_backends.hip.batch import BatchPlanner, Rows
 from vllm_plugins.attention_backends.hip.plan import LayerPlan, Stage
+from vllm_plugins.attention_backends.hip.plugin import HipOptions
 from vllm_plugins.attention_backends.hip.query_blocks import DENSE
 from vllm_plugins.attention_backends.hip.selection import NONE
 from vllm_plugins.engine.cpu_library import LIBRARIES
@@ -65,6 +67,25 @@ def test_any_number_of_heads_selects_as_by_the_letter(path, heads, kv_heads):
     for row, n in enumerate(EDGES):
         wanted = select(problem, query[row : row + 1], row, n - 1, SMALL, SMALL.overlap)
         assert listed(kept, row) == wanted
+
+
+@pytest.mark.parametrize("centre", [True, False])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_large_chunks_that_many_heads_look_at(path, queries, centre):
+    """The compiled kernel reads chunks of 64 and of 32 keys as a whole for so many heads."""
+    stages = Stage(64, 128), Stage(32, 64), Stage(8, 32)
+    plan = dataclasses.replace(SMALL, stages=stages, centre=centre)
+    lengths = [150, 216, 217, 279, 280, 385, 500]
+    problem = Problem(lengths, heads=8, kv_heads=1, seed=5)
+    n = len(lengths)
+    query = problem.queries(n * queries)
+    starts, positions = [i * queries for i in range(n)], [x - queries for x in lengths]
+    chosen = blocks(start=starts, length=[queries] * n, row=range(n), position=positions,
+                    level=[0] * n, kept_row=range(n))  # fmt: skip
+    _, kept = run(path, problem, query, chosen, plan, problem.kept(plan))
+    for row, (start, position) in enumerate(zip(starts, positions, strict=True)):
+        own = query[start : start + queries]
+        assert listed(kept, row) == select(problem, own, row, position, plan, plan.overlap)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -176,6 +197,47 @@ def test_a_needle_with_a_bump_is_found(path):
         problem.cache[slot, 0, x % block] += bump * query[0].mean(0) / query[0].mean(0).norm()
     _, kept = run(path, problem, query, decodes([1999], 0), plan)
     assert any(s <= needle < s + 8 for s in listed(kept, 0)[-1])
+
+
+def steps_behind_a_needle(path, overlap):
+    """Decode while 8 keys that take all attention leave the window; return the largest error."""
+    options = HipOptions(
+        sink_tokens=8, window_tokens=64, overlap_tokens=16, refresh=(16, 8), top_k=32,
+        stages=({"chunk": 32, "keep": 64}, {"chunk": 8}), dense_threshold=0,
+    )  # fmt: skip
+    plan = dataclasses.replace(options.plan(5, 8), overlap=overlap)
+    needle, last, size = 208, 320, 32
+    problem, planner = Problem([last], heads=2, kv_heads=1, seed=9), BatchPlanner(options, 1, 1)
+    query, kept, worst = problem.queries(1), problem.kept(plan, 1), 0.0
+    for x in range(last):
+        slot = int(problem.table[0, x // size]), 0, x % size
+        # The representatives of their chunk of 32 are among them.
+        key = query[0, 0] * 2 if needle <= x < needle + 8 else problem.cache[slot] / 10
+        problem.cache[slot], problem.keys[0][x, 0] = key, key.double().numpy()
+    query[0, 1] = query[0, 0]
+    for position in range(needle + 8, last):
+        slots = problem.table[0, position // size].long()[None] * size + position % size
+        one = torch.ones(1, dtype=torch.int32)
+        rows = Rows(one * 0, one, one * position, one == 0, problem.table, slots, size)
+        out, _ = run(path, problem, query, planner.plan(rows)[0], plan, kept)
+        wanted = problem.attend(query[0], 0, position, range(position + 1))
+        worst = max(worst, float(np.abs(out[0].double().numpy() - wanted).max()))
+    return worst
+
+
+def test_what_leaves_the_window_between_two_refreshes_is_found(path):
+    """It has been a candidate, by the overlap of window and candidates, without which it is not."""
+    assert steps_behind_a_needle(path, 16) < 1e-3 < 0.1 < steps_behind_a_needle(path, 1)
+
+
+def test_a_selection_from_the_start_reads_nothing_of_what_was_kept(path):
+    problem = Problem([333, 500], seed=5)
+    query, found = problem.queries(2), []
+    for rubbish in (NONE, 7):
+        kept = [x.fill_(rubbish) for x in problem.kept(SMALL)]
+        found.append(run(path, problem, query, decodes([332, 499], 0), kept=kept))
+    (one, kept_by_one), (other, kept_by_other) = found
+    assert torch.equal(one, other) and all(map(torch.equal, kept_by_one, kept_by_other))
 
 
 def test_on_smooth_scores_selection_finds_far_more_mass_than_chance(path):

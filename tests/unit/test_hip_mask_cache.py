@@ -38,6 +38,13 @@ def test_stages_run_at_their_own_pace():
     assert levels == [0, *wanted[1:]]
 
 
+def test_with_a_refresh_at_every_token_nothing_is_used_again():
+    cache = MaskCache(4, 1, (1, 1, 1), CPU)
+    for position in range(100, 110):
+        before, slots = [position - 1, 500 + position], [[position], [501 + position]]
+        assert step(cache, before, slots, [position, 2 * position])[1] == [0, 0]
+
+
 def test_a_newcomer_takes_nobodys_row_and_rows_follow_their_requests():
     cache = MaskCache(3, 1, REFRESH, CPU)
     (a, b), _ = step(cache, [10, 20], [[11], [21]], [41, 41])

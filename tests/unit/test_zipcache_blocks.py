@@ -158,6 +158,49 @@ def test_a_sessions_next_turn_goes_on_where_the_last_one_ended(end, wait, choose
     assert_idle(steps)
 
 
+@pytest.mark.parametrize("decode_score", ["last_query", "accumulate"])
+@pytest.mark.parametrize("end", [N + 9, 2 * N - 1, 2 * N])
+def test_sessions_give_their_rows_to_those_who_run_in_their_place(end, decode_score):
+    """Two may run at a time; vLLM lets a third one in while the sessions' next turns wait."""
+    together = Steps(KERNELS, rows=2, staged=12, decode_score=decode_score)
+    sessions = [together.request(name, N + 8, 5 * N) for name in "ab"]
+    others = [together.request(name, 3, 3 * N) for name in "cd"]
+    alone, again = [], []
+    for x in (*sessions, *others):
+        alone.append(Steps(KERNELS, rows=1, staged=12, decode_score=decode_score))
+        again.append(alone[-1].request(x.name, x.prompt, len(x.key)))
+        again[-1].key, again[-1].value, again[-1].query = x.key, x.value, x.query
+
+    def step(*work):
+        together.step(*work)
+        for x, count in work:
+            at = (*sessions, *others).index(x)
+            alone[at].step((again[at], count))
+
+    step(*[(x, N + 8) for x in sessions])
+    while sessions[0].computed < end:
+        step(*[(x, 1) for x in sessions])
+    step((others[0], 3), (sessions[1], 1))
+    step(*[(x, 3 if x.computed == 0 else 1) for x in others])
+    assert together.life.away == {"a", "b"}
+    step(*[(x, 1) for x in others])
+    for x in (sessions[0], again[0]):
+        x.next_turn(end, end + N + 3)
+    # One comes back in the place of the other one's successor, one never does.
+    for count in (5, N - 2, 1, 1):
+        step((sessions[0], count), (others[0], 1))
+    assert together.life.away == {"b", "d"}
+    together.step(finished=[sessions[1]])
+    assert together.life.away == {"d"} == together.away._rows.keys()
+    for _ in range(N):
+        step(*[(x, 1) for x in others])
+    for x, y in zip((*sessions, *others), again, strict=True):
+        assert torch.equal(x.output, y.output)
+    together.step(finished=[sessions[0], *others])
+    assert_idle(together)
+    assert not together.away._rows
+
+
 def test_readers_of_a_block_do_not_change_its_scores():
     found = []
     for shared in (False, True):
@@ -183,13 +226,43 @@ def schedule(seed):
     return rng, plan
 
 
+@pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize("decode_score", ["last_query", "accumulate"])
+@pytest.mark.parametrize("ends", [(2 * N + 9,), (3 * N - 1, 4 * N - 1), (3 * N, 3 * N + 4)])
+def test_a_preempted_request_goes_on_as_a_new_one_whose_prompt_has_what_it_generated(
+    ends, decode_score, v2
+):
+    """Also once more, and where the last token that it had computed has filled a block."""
+    steps = Steps(KERNELS, decode_score=decode_score, v2=v2)
+    request, other = steps.request("a", 2 * N + 3, 5 * N), steps.request("b", 3, 4 * N)
+    for end in ends:
+        while request.computed < end:
+            steps.step((request, max(request.prompt - request.computed, 1)), (other, 1))
+        steps.step((other, 1), preempted=[request])
+        assert request.prompt == end + 1
+    chunks = N + 1, request.prompt - N - 1
+    alone = Steps(KERNELS, decode_score=decode_score)
+    new = alone.request("a", request.prompt, 5 * N)
+    new.key, new.value, new.query = request.key, request.value, request.query
+    for count in (*chunks, *[1] * (5 * N - request.prompt)):
+        steps.step((request, count), (other, 1))
+        alone.step((new, count))
+    assert torch.equal(request.output, new.output)
+    assert states(steps, request) == states(alone, new)
+    for mine, theirs in zip(request.blocks[:-1], new.blocks, strict=False):
+        assert torch.equal(steps.memory.cache[mine], alone.memory.cache[theirs])
+    steps.step(finished=[request, other])
+    assert_idle(steps)
+
+
+@pytest.mark.parametrize("v2", [False, True])
 @pytest.mark.parametrize("chooses", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_random_schedules_with_preemption_read_nothing_stale(seed, chooses):
+def test_random_schedules_with_preemption_read_nothing_stale(seed, chooses, v2):
     """A small pool of blocks, so that they pass from hand to hand; what is read is checked."""
     rng, plan = schedule(seed)
     steps = Steps(KERNELS, salient=N, chooses=chooses, scaled=False, blocks=26, rows=5, staged=12,
-                  seed=seed)  # fmt: skip
+                  seed=seed, v2=v2)  # fmt: skip
     waiting = [steps.lossless(name, p, p + d) for name, (p, d) in plan.items()]
     running, finished, preempted, done, turns = [], [], [], 0, 0
     while waiting or running:

@@ -8,6 +8,7 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
+from vllm_plugins.attention_backends.zipcache.away import AwayRows
 from vllm_plugins.attention_backends.zipcache.batch import LayerMemory
 from vllm_plugins.attention_backends.zipcache.blocks import BlockLife, LifeOptions
 from vllm_plugins.attention_backends.zipcache.cpu_backend import make_batch
@@ -32,6 +33,8 @@ class Request:
     shared: list = field(default_factory=list)
     # It stays between turns, as a session whose input is streamed.
     session: bool = False
+    # Tokens of its prompt that it had generated before it was preempted.
+    generated: int = 0
 
     @property
     def output(self):
@@ -42,18 +45,25 @@ class Request:
         self.outputs = [self.output[:computed]]
         self.computed, self.prompt, self.session, self.known = computed, prompt, True, False
 
+    def begin_again(self):
+        """Be preempted: what has been generated, the last token of it not computed, is prompt."""
+        grown = max(self.computed + 1 - self.prompt, 0)
+        self.prompt, self.generated = self.prompt + grown, self.generated + grown
+        self.known, self.computed, self.outputs = False, 0, []
+
 
 class Steps:
     """A layer's memory and the life of its blocks, driven as an engine drives them.
 
     Every piece of memory is NaN, or bytes that mean nothing, until something is written.
-    ``salient`` is the quota of values, and of keys unless these have their own.
+    ``salient`` is the quota of values, and of keys unless these have their own. On model runner V2,
+    ``v2``, requests that were preempted come as new ones.
     """
 
     def __init__(self, kernels, *, heads=4, kv_heads=2, size=32, block=32, salient=20, of_keys=None,
                  blocks=64, rows=8, staged=16, dtype=torch.float32, probing=None, seed=0,
-                 scaled=True, chooses=None, **options):  # fmt: skip
-        self.kernels = kernels
+                 scaled=True, chooses=None, v2=False, **options):  # fmt: skip
+        self.kernels, self.v2 = kernels, v2
         probing = probing or Probing(0.05, 0.05)
         self.generator = torch.Generator().manual_seed(seed)
         self.heads, self.kv_heads, self.size, self.block = heads, kv_heads, size, block
@@ -68,6 +78,7 @@ class Steps:
         self.life = BlockLife(
             LifeOptions(block, chooses, probing, rows=rows, staged=staged, **options), blocks
         )
+        self.away = AwayRows()
         order = torch.randperm(blocks - 1, generator=self.generator) + 1
         self.free = order.tolist()
 
@@ -96,16 +107,16 @@ class Steps:
 
     def step(self, *work, finished=(), preempted=()):
         """Compute the next tokens of requests: pairs of a request and a number of tokens."""
-        new, names, ids, computed, tokens = [], [], [], [], {}
-        for name in preempted:
-            name.known, name.computed, name.outputs = False, 0, []
-            self.give_back(name)
+        new, names, ids, computed, generated, tokens = [], [], [], [], [], {}
+        for x in preempted:
+            x.begin_again()
+            self.give_back(x)
         for x in finished:
             self.give_back(x)
         resumed = {
             x.name
             for x, _ in work
-            if not x.known and not x.session and x.name in self.life._prompts
+            if not (x.known or x.session or self.v2) and x.name in self.life._prompts
         }
         for x, count in work:
             wanted = -(-(x.computed + count) // self.block)
@@ -115,19 +126,21 @@ class Steps:
             if not x.known and x.name not in resumed:
                 new.append(
                     NewRequestData(
-                        req_id=x.name, prompt_token_ids=[0] * x.prompt, mm_features=[],
-                        sampling_params=None, pooling_params=None, block_ids=(list(x.blocks),),
-                        num_computed_tokens=x.computed, lora_request=None,
+                        req_id=x.name, prompt_token_ids=[0] * (x.prompt - x.generated),
+                        mm_features=[], sampling_params=None, pooling_params=None,
+                        block_ids=(list(x.blocks),), num_computed_tokens=x.computed,
+                        lora_request=None, prefill_token_ids=[0] * x.prompt if self.v2 else None,
                     )
                 )  # fmt: skip
             else:
                 names.append(x.name)
                 ids.append((list(x.blocks) if x.name in resumed else fresh,))
                 computed.append(x.computed)
+                generated.append(x.generated)
             x.known = True
         cached = CachedRequestData(
             req_ids=names, resumed_req_ids=resumed, new_token_ids=[], all_token_ids={},
-            new_block_ids=ids, num_computed_tokens=computed, num_output_tokens=[0] * len(names),
+            new_block_ids=ids, num_computed_tokens=computed, num_output_tokens=generated,
         )  # fmt: skip
         output = SchedulerOutput(
             scheduled_new_reqs=new, scheduled_cached_reqs=cached, num_scheduled_tokens=tokens,
@@ -138,6 +151,7 @@ class Steps:
         seals = self.life.begin_step(output)
         if seals is not None:
             self.kernels.seal(self.memory, seals)
+        self.away.step(self.life, [self.memory])
         if work:
             self._compute(work)
 

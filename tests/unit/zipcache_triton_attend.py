@@ -55,7 +55,7 @@ def test_two_quotas_in_half_precision(of_keys):
 SHAPES = [
     (1, 1, 64, 32, torch.bfloat16), (6, 2, 96, 64, torch.float16), (5, 1, 80, 32, torch.bfloat16),
     (8, 1, 128, 128, torch.bfloat16), (14, 2, 256, 32, torch.float16),
-    (24, 1, 16, 32, torch.float32),
+    (24, 1, 16, 32, torch.float32), (4, 1, 64, 32, torch.float16), (6, 1, 128, 32, torch.bfloat16),
 ]  # fmt: skip
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from vllm import SamplingParams
 from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.core.sched.output import SchedulerOutput
 
-from tests.models import make_engine, tiny_llama, worker_of
+from tests.models import make_engine, scheduler_of, tiny_llama, worker_of
 from tests.unit import hip_kernels  # Makes the interpreter right and fast.
 from vllm_plugins import engine_args
 from vllm_plugins.attention_backends.zipcache.batch import RAW
@@ -104,6 +105,19 @@ def test_tables_on_the_device_are_those_of_the_host(llm):
     greedy(llm, 1)
     assert torch.equal(listener._tables.state, listener._life.state)
     assert (listener._life.state <= RAW).any()
+
+
+def test_a_step_of_no_requests_seals_those_that_have_ended(llm):
+    """Servers run one when their last request has ended."""
+    [listener] = worker_of(llm).plugin_listeners
+    greedy(llm, 1)
+    output = SchedulerOutput.make_empty()
+    output.finished_req_ids = set(listener._life._requests)
+    assert output.finished_req_ids
+    scheduler_of(llm).finished_req_ids = set()
+    worker_of(llm).execute_model(output)
+    assert not listener._life._requests
+    assert torch.equal(listener._tables.state, listener._life.state)
 
 
 def test_decode_steps_are_captured():

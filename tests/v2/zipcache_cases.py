@@ -7,9 +7,10 @@ output, and kernels find a row's part by the block that it writes.
 import pytest
 import torch
 
-from tests.engine.test_zipcache import assert_idle, engine, greedy, life, preemptions
+from tests.engine.test_zipcache import assert_idle, counted, engine, greedy, life
 from tests.models import worker_of
 from tests.unit import zipcache_triton_backend as cuda
+from tests.v2.resumed import resumed_answer, resumptions
 from vllm_plugins.attention_backends.zipcache.cuda_backend import ZipCacheCudaImpl
 from vllm_plugins.attention_backends.zipcache.plugin import ZipCachePlugin
 
@@ -56,8 +57,13 @@ def test_a_batch_answers_as_each_request_alone_also_after_a_warm_up(packed):
     for prompt in PROMPTS:
         alone += greedy(packed, [prompt], TOKENS)
         packed.reset_prefix_cache()
-    # Before any request in a server; so nothing may depend on what it leaves.
+    # Before any request in a server; so nothing may depend on what it leaves, nor is it counted.
+    sealed = counted(packed, "sealed_blocks_total"), life(packed).sealed["ended"]
     mixed_warm_up(packed)
+    # Where ranks share experts, those without work run steps of no requests.
+    worker_of(packed).execute_dummy_batch()
+    assert counted(packed, "sealed_blocks_total") == sealed[0]
+    assert life(packed).sealed["ended"] > sealed[1]
     assert greedy(packed, PROMPTS, TOKENS) == alone
     assert life(packed).sealed["prompt"] > 0 < life(packed).sealed["decode"]
     assert_idle(packed)
@@ -69,17 +75,14 @@ def test_a_batch_answers_as_each_request_alone_also_after_a_warm_up(packed):
 def test_preempted_requests_go_on_as_new_ones(stock):
     """V2 hears of them anew, with what they had generated as part of the prompt."""
     few = {"num_gpu_blocks_override": 9, "max_model_len": 400, "max_num_seqs": 8}
+    few["enable_prefix_caching"] = False
     with engine({"decode_score": "accumulate"}, **few) as llm:
-        alone = []
-        for prompt in PROMPTS:
-            alone += greedy(llm, [prompt], TOKENS)
-            llm.reset_prefix_cache()
-        with preemptions(llm) as seen:
+        with resumptions(llm) as seen:
             together = greedy(llm, PROMPTS, TOKENS)
         assert seen
-        for prompt, one, other in zip(PROMPTS, alone, together, strict=True):
-            kept = min((n for x, n in seen if x.prompt_token_ids == prompt), default=TOKENS)
-            assert one[:kept] == other[:kept]
+        for prompt, found in zip(PROMPTS, together, strict=True):
+            alone = resumed_answer(prompt, seen, TOKENS, lambda x: greedy(llm, [x], TOKENS)[0])
+            assert found == alone
         assert_idle(llm)
 
 

@@ -122,6 +122,15 @@ def runners_keep_groups_and_configuration() -> None:
         expect(hasattr(runner, "get_model"), f"{symbol} has no get_model")
 
 
+def warm_up_names_its_requests() -> None:
+    """The second runner's warm-up begins its requests' names as the worker host knows them."""
+    from vllm_plugins.engine.worker_host import WARM_UP_IDS
+
+    source = _module_source("vllm.v1.worker.gpu.warmup")
+    for name in WARM_UP_IDS:
+        expect(f'"{name}' in source or f'"{name[:-1]}"' in source, f"no request is {name}...")
+
+
 def connector_exists_before_the_cache_is_ready() -> None:
     """A worker makes its KV connector while it initialises the KV cache, not after."""
     from vllm.v1.worker.gpu_worker import Worker

@@ -69,6 +69,8 @@ WORKER = (
     behaves("vllm.v1.worker.gpu_model_runner:GPUModelRunner",
             behaviours.runners_keep_groups_and_configuration,
             "Attention groups, KV cache configuration and model, on either runner.", HOST),
+    behaves("vllm.v1.worker.gpu.warmup:warmup_kernels", behaviours.warm_up_names_its_requests,
+            "Metrics count no step of requests that V2 made up.", HOST),
     is_class("vllm.v1.worker.utils:AttentionGroup", "Layers with one attention backend."),
     has("vllm.v1.worker.utils:AttentionGroup", "layer_names",
         "Which layers share a metadata builder.", FORWARD),

@@ -38,6 +38,8 @@ PLATFORM_WORKERS = {
     "cpu": "vllm.v1.worker.cpu_worker.CPUWorker",
     "cuda": "vllm.v1.worker.gpu_worker.Worker",
 }
+# How V2 names the requests that it makes up before it serves any, to compile kernels.
+WARM_UP_IDS = ("_warmup_", "_v2_mixed_warmup_")
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,16 @@ class RunnerView:
             return self.runner.req_states.prompt_len.np[common.req_idx]
         batch = self.runner.input_batch
         return batch.num_prompt_tokens[: batch.num_reqs]
+
+
+def is_warm_up(output: SchedulerOutput) -> bool:
+    """Return whether a step is of requests that V2 made up, and of no scheduler's.
+
+    Args:
+        output: What the step is told.
+    """
+    names = output.num_scheduled_tokens or output.finished_req_ids
+    return bool(names) and all(name.startswith(WARM_UP_IDS) for name in names)
 
 
 class WorkerListener:

@@ -34,7 +34,8 @@ def _is_empty(
     return (n >= tl.minimum(sink, end)) & (first >= window) & (in_window == 0)
 
 
-@triton.jit
+# The width of a block table is not known when kernels are warmed up, and of no use.
+@triton.jit(do_not_specialize=["table_row"])
 def _attend_split(
     query: tl.tensor, keys: tl.tensor, values: tl.tensor, block_table: tl.tensor,
     selected: tl.tensor, blocks: tl.tensor, partial: tl.tensor, lse: tl.tensor, scale: float,

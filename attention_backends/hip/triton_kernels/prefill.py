@@ -9,7 +9,8 @@ from vllm_plugins.attention_backends.hip.triton_kernels.blocks import DENSE, Bat
 from vllm_plugins.attention_backends.hip.triton_kernels.tiles import LOG2E, attend_tile, attended
 
 
-@triton.jit
+# The width of a block table is not known when kernels are warmed up, and of no use.
+@triton.jit(do_not_specialize=["table_row"])
 def _attend_block(
     query: tl.tensor, keys: tl.tensor, values: tl.tensor, block_table: tl.tensor,
     selected: tl.tensor, blocks: tl.tensor, out: tl.tensor, scale: float,
@@ -18,12 +19,14 @@ def _attend_block(
     value_page: tl.tensor, value_token: tl.tensor, value_head: tl.tensor, table_row: tl.tensor,
     out_token: tl.tensor, out_head: tl.tensor,
     sink: tl.constexpr, window: tl.constexpr, keep: tl.constexpr, keep_pad: tl.constexpr,
-    chunk: tl.constexpr, block_size: tl.constexpr, group: tl.constexpr, rows: tl.constexpr,
+    chunk: tl.constexpr, block_size: tl.constexpr, heads: tl.constexpr, group: tl.constexpr,
+    rows: tl.constexpr,
     head: tl.constexpr, head_pad: tl.constexpr, tile: tl.constexpr,
 ) -> None:  # fmt: skip
     """Attend with one query head of a query block."""
-    # Query heads that share keys run side by side, and find them in the cache.
-    h, m = tl.program_id(0), tl.program_id(1)
+    # Query heads that share keys run side by side, and find them in the cache. All is one axis of
+    # the grid: the other ones end at 65535 programs.
+    h, m = tl.program_id(0) % heads, tl.program_id(0) // heads
     start, length, row, position, level, list_row = query_block(blocks, m)
     if length == 0:
         return
@@ -80,13 +83,14 @@ def prefill(
     """
     head_pad, keep = triton.next_power_of_2(batch.head_size), plan.stages[-1].keep_chunks
     narrow = head_pad * batch.query.element_size() <= 256
-    _attend_block[(batch.query.shape[1], len(batch.blocks))](
+    heads = batch.query.shape[1]
+    _attend_block[(heads * len(batch.blocks),)](
         batch.query, batch.keys, values, batch.block_table, selected, batch.blocks, out,
         scale * LOG2E, *batch.query.stride()[:2], *batch.keys.stride()[:3], *values.stride()[:3],
         batch.block_table.stride(0), *out.stride()[:2],
         sink=plan.sink, window=plan.window, keep=keep,
         keep_pad=max(triton.next_power_of_2(keep), 1), chunk=plan.stages[-1].chunk,
-        block_size=batch.keys.shape[1], group=batch.group, rows=QUERY_BLOCK,
+        block_size=batch.keys.shape[1], heads=heads, group=batch.group, rows=QUERY_BLOCK,
         head=batch.head_size, head_pad=head_pad, tile=64 if narrow else 32,
         num_warps=4, num_stages=2,
     )  # fmt: skip

@@ -52,6 +52,18 @@ def _bisect(
 
 
 @triton.jit
+def _program(
+    num_candidates: tl.tensor, kv_heads: tl.constexpr, tile: tl.constexpr
+) -> tuple[tl.tensor, ...]:
+    """Return a program's first chunk, its kv head and its query block.
+
+    All are one axis of the grid: the other ones end at 65535 programs.
+    """
+    tiles, rest = (num_candidates + tile - 1) // tile, tl.program_id(0)
+    return rest % tiles * tile, rest // tiles % kv_heads, rest // tiles // kv_heads
+
+
+@triton.jit
 def _is_pruned(
     parents: tl.tensor,
     end: tl.tensor,
@@ -97,7 +109,8 @@ def _best_of_few(
     return best
 
 
-@triton.jit(do_not_specialize=["num_candidates"])
+# The width of a block table is not known when kernels are warmed up, and of no use.
+@triton.jit(do_not_specialize=["num_candidates", "table_row"])
 def _scan_few(
     query: tl.tensor, keys: tl.tensor, block_table: tl.tensor, parents: tl.tensor,
     blocks: tl.tensor, scores: tl.tensor, num_candidates: tl.tensor, width: tl.tensor,
@@ -106,11 +119,11 @@ def _scan_few(
     stage: tl.constexpr, chunk: tl.constexpr, keep: tl.constexpr, parent: tl.constexpr,
     parent_keep: tl.constexpr, sink: tl.constexpr, window: tl.constexpr, overlap: tl.constexpr,
     centre: tl.constexpr, rounds: tl.constexpr, block_size: tl.constexpr, queries: tl.constexpr,
-    group: tl.constexpr, group_pad: tl.constexpr, head: tl.constexpr, head_pad: tl.constexpr,
-    tile: tl.constexpr,
+    kv_heads: tl.constexpr, group: tl.constexpr, group_pad: tl.constexpr, head: tl.constexpr,
+    head_pad: tl.constexpr, tile: tl.constexpr,
 ) -> None:  # fmt: skip
     """Score chunks for up to `FEW_QUERIES` queries: all query heads at once, without matrices."""
-    kv_head, m = tl.program_id(1), tl.program_id(2)
+    first_chunk, kv_head, m = _program(num_candidates, kv_heads, tile)
     start, length, row, position, level, list_row = query_block(blocks, m)
     if (length == 0) | (level < 0) | (level > stage):
         return
@@ -118,7 +131,7 @@ def _scan_few(
     parents += list_row * parent_keep
     if not _is_pruned(parents, end, num_candidates, chunk, parent, sink, keep):
         return
-    index = tl.program_id(0) * tile + tl.arange(0, tile)
+    index = first_chunk + tl.arange(0, tile)
     starts = candidate_chunks(index, parents, end, num_candidates, chunk, parent, sink)
     if tl.min(starts, axis=0) == NONE:
         return
@@ -148,7 +161,7 @@ def _scan_few(
         first, last, better = _bisect(first, last, middle, left, right)
         best = tl.maximum(best, better)
     best = tl.max(tl.where(exists, best, float("-inf")), axis=0)
-    to = scores + (m * tl.num_programs(1) + kv_head).to(tl.int64) * width + index
+    to = scores + (m * kv_heads + kv_head).to(tl.int64) * width + index
     tl.store(to, best, mask=starts != NONE)
 
 
@@ -166,7 +179,8 @@ def _best_of_many(keys: tl.tensor, query: tl.tensor, scored: tl.tensor) -> tl.te
     return tl.max(tl.where(scored[None, :], score, float("-inf")), axis=1)
 
 
-@triton.jit(do_not_specialize=["num_candidates"])
+# The width of a block table is not known when kernels are warmed up, and of no use.
+@triton.jit(do_not_specialize=["num_candidates", "table_row"])
 def _scan_many(
     query: tl.tensor, keys: tl.tensor, block_table: tl.tensor, parents: tl.tensor,
     blocks: tl.tensor, scores: tl.tensor, num_candidates: tl.tensor, width: tl.tensor,
@@ -175,11 +189,11 @@ def _scan_many(
     stage: tl.constexpr, chunk: tl.constexpr, keep: tl.constexpr, parent: tl.constexpr,
     parent_keep: tl.constexpr, sink: tl.constexpr, window: tl.constexpr, overlap: tl.constexpr,
     centre: tl.constexpr, rounds: tl.constexpr, block_size: tl.constexpr, queries: tl.constexpr,
-    group: tl.constexpr, head: tl.constexpr, head_pad: tl.constexpr, tile: tl.constexpr,
-    few: tl.constexpr, query_stride: tl.constexpr,
+    kv_heads: tl.constexpr, group: tl.constexpr, head: tl.constexpr, head_pad: tl.constexpr,
+    tile: tl.constexpr, few: tl.constexpr, query_stride: tl.constexpr,
 ) -> None:  # fmt: skip
     """Score chunks for the queries of a prompt: head by head, as matrix products."""
-    kv_head, m = tl.program_id(1), tl.program_id(2)
+    first_chunk, kv_head, m = _program(num_candidates, kv_heads, tile)
     start, length, row, position, level, list_row = query_block(blocks, m)
     if (length == 0) | (level < 0) | (level > stage):
         return
@@ -187,7 +201,7 @@ def _scan_many(
     parents += list_row * parent_keep
     if not _is_pruned(parents, end, num_candidates, chunk, parent, sink, keep):
         return
-    index = tl.program_id(0) * tile + tl.arange(0, tile)
+    index = first_chunk + tl.arange(0, tile)
     starts = candidate_chunks(index, parents, end, num_candidates, chunk, parent, sink)
     if tl.min(starts, axis=0) == NONE:
         return
@@ -216,7 +230,7 @@ def _scan_many(
             left, right = _best_of_many(left, here, scored), _best_of_many(right, here, scored)
             first, last, better = _bisect(first, last, middle, left, right)
             best = tl.maximum(best, better)
-    to = scores + (m * tl.num_programs(1) + kv_head).to(tl.int64) * width + index
+    to = scores + (m * kv_heads + kv_head).to(tl.int64) * width + index
     tl.store(to, best, mask=exists)
 
 
@@ -246,14 +260,15 @@ def scan_stage(
     few, this = batch.queries <= FEW_QUERIES, plan.stages[stage]
     head_pad = triton.next_power_of_2(batch.head_size)
     own = _few(batch, head_pad) if few else _many(batch, head_pad, this)
-    grid = (triton.cdiv(candidates, own["tile"]), batch.kv_heads, len(batch.blocks))
+    grid = (triton.cdiv(candidates, own["tile"]) * batch.kv_heads * len(batch.blocks),)
     (_scan_few if few else _scan_many)[grid](
         batch.query, batch.keys, batch.block_table, parents, batch.blocks, scores,
         candidates, scores.shape[2],
         *batch.query.stride()[:2], *batch.keys.stride()[:3], batch.block_table.stride(0),
         stage=stage, centre=plan.centre, rounds=max(this.chunk.bit_length() - 1, 1),
-        block_size=batch.keys.shape[1], group=batch.group, head=batch.head_size, head_pad=head_pad,
-        num_stages=1, **geometry(plan, overlap, stage), **own,
+        block_size=batch.keys.shape[1], kv_heads=batch.kv_heads, group=batch.group,
+        head=batch.head_size, head_pad=head_pad, num_stages=1, **geometry(plan, overlap, stage),
+        **own,
     )  # fmt: skip
 
 

@@ -68,12 +68,13 @@ def _attend_tile(
     out: tl.tensor, scale: float, table_row: tl.tensor, query_token: tl.tensor,
     query_head: tl.tensor, key_token: tl.tensor, key_head: tl.tensor, value_token: tl.tensor,
     value_head: tl.tensor, out_token: tl.tensor, out_head: tl.tensor, page_block: tl.tensor,
-    page_head: tl.tensor, tokens: tl.constexpr, group: tl.constexpr, rows: tl.constexpr,
-    block_size: tl.constexpr, head: tl.constexpr, quarter: tl.constexpr, n_k: tl.constexpr,
-    n_v: tl.constexpr, keys: tl.constexpr,
+    page_head: tl.tensor, kv_heads: tl.constexpr, tokens: tl.constexpr, group: tl.constexpr,
+    rows: tl.constexpr, block_size: tl.constexpr, head: tl.constexpr, quarter: tl.constexpr,
+    n_k: tl.constexpr, n_v: tl.constexpr, keys: tl.constexpr,
 ) -> None:  # fmt: skip
     """Attend with a tile of queries and the query heads of a KV head."""
-    h, i, kv_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    # Heads and tiles share an axis of the grid: the other ones end at 65535 programs.
+    h, i = tl.program_id(0) % kv_heads, tl.program_id(0) // kv_heads
     m, first = tl.load(tiles + 2 * i), tl.load(tiles + 2 * i + 1)
     start, length, position = row_of_batch(query_start, seq_lens, m)
     row: tl.constexpr = head // 4
@@ -156,12 +157,13 @@ def prefill(
     page, heads, kv_heads = layer.page, query.shape[1], key.shape[1]
     group = heads // kv_heads
     narrow = page.head_size <= 128 and query.element_size() == 2
-    _attend_tile[(kv_heads, len(batch.tiles))](
+    _attend_tile[(kv_heads * len(batch.tiles),)](
         batch.tiles, batch.query_start, batch.seq_lens, batch.block_table, batch.state, query,
         key, value, *typed(layer.cache), layer.residual, layer.staging, space.lse, out,
         scale * LOG2E, batch.block_table.stride(0), *query.stride()[:2], *key.stride()[:2],
         *value.stride()[:2], *out.stride()[:2], *layer.cache.stride()[:2],
-        tokens=tile_tokens(group), group=group, rows=max(triton.next_power_of_2(group), ROWS),
+        kv_heads=kv_heads, tokens=tile_tokens(group), group=group,
+        rows=max(triton.next_power_of_2(group), ROWS),
         block_size=page.block_size, head=page.head_size, quarter=quarter_pad(page.head_size),
         n_k=page.k_salient, n_v=page.v_salient,
         keys=min(KEYS if narrow else KEYS // 2, page.block_size), num_warps=8, num_stages=2,

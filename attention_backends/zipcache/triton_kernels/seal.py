@@ -77,11 +77,12 @@ def _seal(
     block: tl.tensor, source: tl.tensor, forced: tl.tensor, weight: tl.tensor, cache: tl.tensor,
     halves: tl.tensor, words: tl.tensor, residual: tl.tensor, residual_sums: tl.tensor,
     staging: tl.tensor, staging_sums: tl.tensor, page_block: tl.tensor, page_head: tl.tensor,
-    scaled: tl.constexpr, block_size: tl.constexpr, head: tl.constexpr, quarter: tl.constexpr,
-    n_k: tl.constexpr, n_v: tl.constexpr,
+    kv_heads: tl.constexpr, scaled: tl.constexpr, block_size: tl.constexpr, head: tl.constexpr,
+    quarter: tl.constexpr, n_k: tl.constexpr, n_v: tl.constexpr,
 ) -> None:  # fmt: skip
     """Seal one block of one KV head."""
-    h, i, kv_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    # Heads and blocks share an axis of the grid: the other ones end at 65535 programs.
+    h, i = tl.program_id(0) % kv_heads, tl.program_id(0) // kv_heads
     place = tl.load(source + i)
     at = tl.load(block + i).to(tl.int64) * page_block + h * page_head
     k_bits = words + at // 4 + part("k_bitmap", block_size, head, n_k, n_v, 4)
@@ -127,10 +128,10 @@ def seal(layer: LayerMemory, seals: Seals) -> None:
         seals: The blocks, on the layer's device.
     """
     page, kv_heads = layer.page, layer.residual.shape[1]
-    _seal[(kv_heads, len(seals.block))](
+    _seal[(kv_heads * len(seals.block),)](
         seals.block, seals.source, seals.forced, seals.weight, *typed(layer.cache),
         layer.residual, layer.residual_sums, layer.staging, layer.staging_sums,
-        *layer.cache.stride()[:2], scaled=layer.scaled, block_size=page.block_size,
-        head=page.head_size, quarter=quarter_pad(page.head_size), n_k=page.k_salient,
-        n_v=page.v_salient, num_warps=8,
+        *layer.cache.stride()[:2], kv_heads=kv_heads, scaled=layer.scaled,
+        block_size=page.block_size, head=page.head_size, quarter=quarter_pad(page.head_size),
+        n_k=page.k_salient, n_v=page.v_salient, num_warps=8,
     )  # fmt: skip
