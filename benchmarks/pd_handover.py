@@ -41,19 +41,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from one_core import one_core_each
+
 from vllm_plugins.bench.machine import describe_machine
 from vllm_plugins.bench.server import Server, free_port, serve
-
-# Of the servers: one core each, so that the two instances do not take each other's.
-for _name, _value in {
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-}.items():
-    os.environ.setdefault(_name, _value)
 
 KEY = "vllm_plugins_pd"
 LENGTHS = (250, 1000, 2000)
@@ -197,6 +188,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    one_core_each()
     arguments = ["--max-model-len", str(max(args.lengths) + 64), "--enforce-eager",
                  "--max-num-batched-tokens", "1024", "--dtype", "bfloat16"]  # fmt: skip
     draw = random.Random(args.seed)

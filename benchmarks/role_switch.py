@@ -30,19 +30,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from one_core import one_core_each
+
 from vllm_plugins.bench.machine import describe_machine
 from vllm_plugins.bench.process import logged_process
 from vllm_plugins.bench.server import free_port, serve
-
-for _name, _value in {
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-}.items():
-    os.environ.setdefault(_name, _value)
 
 SERVE = ("--max-model-len", "2048", "--enforce-eager", "--max-num-seqs", "2", "--dtype", "float32",
          "--plugin", "pd:role=both,min_pull_tokens=1")  # fmt: skip
@@ -159,6 +151,7 @@ def main() -> int:
     parser.add_argument("--switches", type=int, default=12)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    one_core_each()
     ended = threading.Event()
     with fleet(args.model) as running, ThreadPoolExecutor(1) as pool:
         watching = pool.submit(running.watch, ended)

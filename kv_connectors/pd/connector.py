@@ -167,7 +167,8 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
         """Return this step's orders to the workers."""
         manager = self._kv_cache_manager
         assert manager is not None
-        orders = Orders(readers=tuple(self._readers))
+        idle = not scheduler_output.total_num_scheduled_tokens
+        orders = Orders(readers=tuple(self._readers), idle=idle)
         self._readers = []
         self._prefill.step(scheduler_output, manager.get_block_ids, orders)
         self._decode.step(scheduler_output, orders)
@@ -242,8 +243,10 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Start this step's pulls, in the background, and leave them the core if that is all."""
-        self._worker.start_loads(cast(Orders, self._get_connector_metadata()))
-        if forward_context.attn_metadata is None:
+        orders = cast(Orders, self._get_connector_metadata())
+        self._worker.start_loads(orders)
+        # The context does not tell: model runner V2 asks for loads when the forward's is gone.
+        if orders.idle:
             self._worker.rest()
 
     def wait_for_layer_load(self, layer_name: str) -> None:

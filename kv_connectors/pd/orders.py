@@ -92,6 +92,7 @@ class Orders(KVConnectorMetadata):
         chunks: Of this step, those that others are waiting for.
         cancelled: Transfers that do not come to an end here.
         readers: All workers' shards, once, as soon as the scheduler knows them.
+        idle: Whether the step computes nothing.
     """
 
     holds: list[Hold] = field(default_factory=list)
@@ -99,6 +100,7 @@ class Orders(KVConnectorMetadata):
     chunks: list[Chunk] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     readers: tuple[Shard, ...] = ()
+    idle: bool = False
 
 
 @dataclass

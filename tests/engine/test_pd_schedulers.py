@@ -1,21 +1,31 @@
-"""vLLM's own schedulers on both sides of a hand-over, in virtual time, with full pools."""
+"""vLLM's own schedulers on both sides of a hand-over, in virtual time, with full pools.
 
+    VLLM_PLUGINS_SOAK_S=1800 VLLM_PLUGINS_SOAK_OUT=FILE.json \\
+        pytest tests/engine/test_pd_schedulers.py -k soak_with
+
+runs the soak for as long as one likes, and writes what was found; by default it is short.
+"""
+
+import json
 import os
 import random
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import KVConnectorOutput
 
 from tests.pd_virtual import BLOCK, BLOCKS, LEASE_S, POLL_S, Handover, requests, step_seconds
+from vllm_plugins.bench.machine import describe_machine
 from vllm_plugins.kv_connectors.pd.reference import KEY
 from vllm_plugins.simulator.config import make_config, write_model_config
 from vllm_plugins.simulator.engine import VirtualEngine
 
-# Wall-clock time of the soak; an hour's worth of seconds here makes it a long one.
+# Wall-clock time of the soak.
 SOAK_S = float(os.environ.get("VLLM_PLUGINS_SOAK_S", "6"))
+SOAK_OUT = os.environ.get("VLLM_PLUGINS_SOAK_OUT")
 
 
 @pytest.fixture
@@ -76,10 +86,21 @@ def test_leases_end_while_the_decoder_is_stuck(tmp_path, tokens):
         assert handover.decode.records[request.request_id].tokens == tokens(request)
 
 
+def keep(found: dict[str, float]) -> None:
+    """Write what a soak found to the file that was asked for."""
+    if SOAK_OUT is None:
+        return
+    command = (f"VLLM_PLUGINS_SOAK_S={SOAK_S:g} pytest tests/engine/test_pd_schedulers.py "
+               "-k soak_with")  # fmt: skip
+    whole = {"command": command, "machine": describe_machine(), "result": found}
+    Path(SOAK_OUT).write_text(json.dumps(whole, indent=1) + "\n")
+
+
 @pytest.mark.timeout(SOAK_S + 600)
 def test_soak_with_aborts_at_every_state(tmp_path, tokens):
     """Full pools, aborts on both sides at random times, pulls of all durations."""
     draw, start, round_ = random.Random(7), time.monotonic(), 0
+    found = dict.fromkeys(("requests", "aborted", "checked", "recomputed", "most_held"), 0)
     while not round_ or time.monotonic() - start < SOAK_S:
         round_ += 1
         handover = Handover(
@@ -98,6 +119,12 @@ def test_soak_with_aborts_at_every_state(tmp_path, tokens):
         for request in wanted:
             if request.request_id not in aborted:
                 assert handover.decode.records[request.request_id].tokens == tokens(request)
+        found["requests"] += len(wanted)
+        found["aborted"] += len(aborted)
+        found["checked"] += len(wanted) - len(aborted)
+        found["recomputed"] += handover.recomputed
+        found["most_held"] = max(found["most_held"], handover.most_held)
+    keep(found | {"rounds": round_, "seconds": time.monotonic() - start, "blocks": BLOCKS})
 
 
 class NixlSide(VirtualEngine):
