@@ -104,10 +104,15 @@ class Fleet:
     Args:
         model: Its folder.
         stack: Ends them.
+        *plugins: What is on beside pd.
+        words: Further arguments of an instance.
     """
 
-    def __init__(self, model: Path, stack: contextlib.ExitStack) -> None:
+    def __init__(
+        self, model: Path, stack: contextlib.ExitStack, *plugins: str, words: Sequence[str] = ()
+    ) -> None:
         self._model, self._stack = model, stack
+        self._plugins, self._words = plugins, words
         self._members: list[Member] = []
 
     def members(self, count: int = 3) -> list[Member]:
@@ -120,14 +125,15 @@ class Fleet:
         return self._members
 
     def _start(self) -> Member:
-        words = (*COMMON, "--num-gpu-blocks-override", str(BLOCKS))
+        words = (*COMMON, "--num-gpu-blocks-override", str(BLOCKS), *self._words)
         with socket.socket() as place:
             # Nobody else gets the port while the server starts, and the server still does.
             place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             place.bind(("127.0.0.1", 0))
             port = place.getsockname()[1]
             proxy = FaultyProxy(Address("127.0.0.1", port), listen=("127.0.0.2", port))
-            context = served(self._model, *words, "--plugin", f"{PLUGIN},port={port}")
+            plugins = ("--plugin", f"{PLUGIN},port={port}", *self._plugins)
+            context = served(self._model, *words, *plugins)
             server = self._stack.enter_context(context)
         # Gauges are there from the first step on.
         server.server.warm_up([40])

@@ -36,7 +36,15 @@ PHASES = {
 
 
 class Scene:
-    """Requests on their way through a router, by the phase in which a kill will find them."""
+    """Requests on their way through a router, by the phase in which a kill will find them.
+
+    Attributes:
+        path: Where the requests go.
+        phases: How many there are in which phase, of how many tokens, with an answer of how many.
+    """
+
+    path = "/v1/completions"
+    phases = PHASES
 
     def __init__(
         self, prefill: list[Member], decode: list[Member], url: str, pool: ThreadPoolExecutor
@@ -51,11 +59,15 @@ class Scene:
         self.answers[phase] = [self.pool.submit(self._read, one) for one in self._bodies(phase)]
 
     def _bodies(self, phase: str, **more: object) -> list[dict[str, object]]:
-        count, length, wanted = PHASES[phase]
+        count, length, wanted = self.phases[phase]
         fixed = {"model": self.decode[0].server.model, "temperature": 0, "ignore_eos": True,
                  "max_tokens": wanted, "return_token_ids": True, **more}  # fmt: skip
         seeds = range(self._first_seed, self._first_seed + count)
-        return [{"prompt": prompt(length, seed), **fixed} for seed in seeds]
+        return [{**self._prompt(phase, length, seed), **fixed} for seed in seeds]
+
+    def _prompt(self, phase: str, length: int, seed: int) -> dict[str, object]:
+        """Return the prompt of a request, as its body names it."""
+        return {"prompt": prompt(length, seed)}
 
     def _read(self, body: dict[str, object]) -> list[int]:
         """Return a streamed answer's tokens.
@@ -65,17 +77,17 @@ class Scene:
         """
         data = json.dumps({**body, "stream": True}).encode()
         headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self.url}/v1/completions", data, headers)
+        request = urllib.request.Request(self.url + self.path, data, headers)
         found: list[int] = []
         with urllib.request.urlopen(request, timeout=120) as answer:
             for line in filter(bytes.strip, answer):
                 text = line.decode().removeprefix("data: ").strip()
                 if text == "[DONE]":
                     return found
-                choices = json.loads(text)["choices"]
-                if not found:
+                begun, choices = bool(found), json.loads(text)["choices"]
+                found += [token for one in choices for token in one.get("token_ids") or []]
+                if found and not begun:
                     self._begun.release()
-                found += [token for one in choices for token in one["token_ids"] or []]
         raise OSError("the answer broke off")
 
     def all_begun(self, phase: str) -> None:
@@ -86,7 +98,7 @@ class Scene:
     def expected(self, phase: str, engine: Member) -> list[list[int]]:
         """Return what one engine alone answers, which computes the prompts anew."""
         bodies = self._bodies(phase, cache_salt="alone")
-        answers = self.pool.map(lambda body: post(engine.server.url, body), bodies)
+        answers = self.pool.map(lambda body: post(engine.server.url, body, self.path), bodies)
         return [answer["choices"][0]["token_ids"] for answer in answers]
 
     def requests_at(self, member: Member) -> int:
@@ -106,18 +118,27 @@ class Scene:
 
 @contextlib.contextmanager
 def routed(
-    prefill: list[Member], decode: list[Member], log: Path, *options: str
-) -> Iterator[Scene]:
-    """Run a router in front of instances."""
+    prefill: list[Member], decode: list[Member], log: Path, *options: str,
+    kind: type[Scene] = Scene,
+) -> Iterator[Scene]:  # fmt: skip
+    """Run a router in front of instances, for scenes of a kind."""
     urls = [one.server.url for one in prefill], [one.server.url for one in decode]
     words = ("--prefill", *urls[0], "--decode", *urls[1], *OPTIONS, *options)
     with ThreadPoolExecutor(20) as pool, router(log, *words) as url:
-        yield Scene(prefill, decode, url, pool)
+        yield kind(prefill, decode, url, pool)
 
 
 @contextlib.contextmanager
 def in_every_phase(scene: Scene) -> Iterator[None]:
     """Bring requests into every phase at the first prefill and the first decode instance."""
+    with pulled_and_generating(scene):
+        compute(scene)
+        yield
+
+
+@contextlib.contextmanager
+def pulled_and_generating(scene: Scene) -> Iterator[None]:
+    """Let pulls stall amid their blocks while others wait for theirs, are held, or generate."""
     source, reader = scene.prefill[0], scene.decode[0]
     with stalled([source]):
         before = source.proxy.carried[DOWN]
@@ -125,17 +146,23 @@ def in_every_phase(scene: Scene) -> Iterator[None]:
         until(lambda: reader.metric("accepted_blocks") >= ACCEPTED_BLOCKS, 60)
         until(lambda: reader.metric("queued") >= 1, 60)
         until(lambda: source.proxy.carried[DOWN] - before >= 2 * STALLED_BYTES, 60)
-        held = 3 * PHASES["pulled"][1] / TOKENS_OF_A_BLOCK
+        held = 3 * scene.phases["pulled"][1] / TOKENS_OF_A_BLOCK
         until(lambda: source.metric("held_blocks") >= held, 60)
         scene.ask("generating")
         scene.all_begun("generating")
-        assert reader.metric("vllm:num_requests_running") >= 1
-        # Of two that compute meanwhile the one with less to do would be asked alone.
-        others = scene.requests_at(source)
-        with stopped(*(one.server for one in scene.prefill)):
-            scene.ask("computing")
-            until(lambda: scene.requests_at(source) > others, 30)
+        # The gauge comes some time after the tokens.
+        until(lambda: reader.metric("vllm:num_requests_running") >= 1, 30)
         yield
+
+
+def compute(scene: Scene) -> None:
+    """Give the first prefill instance prompts to compute, among others."""
+    source = scene.prefill[0]
+    # Of two that compute meanwhile the one with less to do would be asked alone.
+    others = scene.requests_at(source)
+    with stopped(*(one.server for one in scene.prefill)):
+        scene.ask("computing")
+        until(lambda: scene.requests_at(source) > others, 30)
 
 
 @contextlib.contextmanager
