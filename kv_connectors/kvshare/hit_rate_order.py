@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 # Prompt tokens that are looked up anew in one step when the store has changed; 1,000 take a
 # millisecond at most (`benchmarks/kvshare_planner.py`).
 LOOKED_UP_PER_STEP = 8192
+# Places that are given by rank in one step, of all domains; each costs a look at its whole domain.
+# No step admits nearly as many, and the next one ranks anew.
+RANKED_PER_STEP = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,10 @@ def hit_rate_order(waiting: Sequence[Waiting], max_bypass: int) -> list[int]:
         waiting: The requests.
         max_bypass: Nobody is overtaken more often by later ones of its domain, later in the order
             that does not know the store.
+
+    Returns:
+        Each index once; behind the first ``RANKED_PER_STEP`` a domain's requests are in the order
+        that does not know the store.
     """
 
     def rank(index: int) -> tuple[bool, float]:
@@ -94,7 +101,10 @@ def hit_rate_order(waiting: Sequence[Waiting], max_bypass: int) -> list[int]:
         domain: _turns(waiting, blind, sorted(blind, key=rank), max_bypass)
         for domain, blind in own.items()
     }
-    return [next(turns[waiting[index].domain]) for index in by_place]
+    first = [next(turns[waiting[index].domain]) for index in by_place[:RANKED_PER_STEP]]
+    taken = set(first)
+    rest = {domain: iter([i for i in blind if i not in taken]) for domain, blind in own.items()}
+    return first + [next(rest[waiting[index].domain]) for index in by_place[RANKED_PER_STEP:]]
 
 
 def _turns(

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.engine.kvshare_engine import NEUTRAL, served
-from tests.models import make_engine, tiny_llama
+from tests.models import make_engine, plugin_samples, tiny_llama
 
 ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 # Room for about two prompts and their answers.
@@ -38,12 +38,14 @@ class Idle:
         references: Stored segments' reference counts, summed.
         segments: Segments that are stored.
         objects: Live objects of the package's own classes, by class.
+        remembered: What scheduling policies keep of requests, in entries.
     """
 
     blocks_leaked: int
     references: int
     segments: int
     objects: dict[str, int]
+    remembered: int
 
 
 @dataclass
@@ -54,11 +56,15 @@ class Soak:
     requests: int
     preempted: int = 0
     aborted: int = 0
+    answered: int = 0
+    overtaken: int = 0
     memory: list[tuple[int, float]] = field(default_factory=list)
     idle: list[Idle] = field(default_factory=list)
     checked: int = 0
     wrong: list[int] = field(default_factory=list)
-    environment: dict[str, str] = field(default_factory=lambda: ENVIRONMENT)
+    environment: dict[str, str] = field(
+        default_factory=lambda: {name: os.environ.get(name, "") for name in ENVIRONMENT}
+    )
 
 
 def texts(rng, count):
@@ -82,6 +88,19 @@ def answers_of_stock(prompts):
         params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
         outputs = [llm.generate([i], params, use_tqdm=False)[0] for i in inputs]
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def overtakings():
+    """How often a request went before an earlier one because more of it was stored."""
+    name = "vllm_plugins:kvshare_bypasses_total"
+    return int(sum(sample.value for sample in plugin_samples() if sample.name == name))
+
+
+def remembered(scheduler):
+    """Entries of all that the scheduler's policies, if it has any, keep by request."""
+    policies = getattr(scheduler, "plugin_policies", ())
+    kept = (item for policy in policies for item in vars(policy).values())
+    return sum(len(item) for item in kept if isinstance(item, (dict, set, list)))
 
 
 def resident_mib():
@@ -109,6 +128,7 @@ class Run:
                 self.hang_up()
         self.engine.assert_idle()
         self.result.preempted = len(self.preempted)
+        self.result.overtaken = overtakings()
         self.result.idle.append(self.idle())
 
     def submit(self):
@@ -122,6 +142,7 @@ class Run:
         for output in self.engine.engine.step():
             if output.finished:
                 number = self.alive.pop(output.request_id.split("-")[0])
+                self.result.answered += len(output.outputs[0].token_ids) == TOKENS
                 if number in self.kept:
                     self.answers[number] = list(output.outputs[0].token_ids)
         requests = self.engine.scheduler.requests
@@ -145,11 +166,12 @@ class Run:
             sum(index.get(key).references for key in index),
             len(index),
             dict(sorted(Counter(own).items())),
+            remembered(self.engine.scheduler),
         )
 
 
 def soak(spec, requests):
-    """Run so many requests under a setting."""
+    """Run so many requests under a setting: plug-ins as on a command line, kvshare last."""
     result = Soak(spec, requests)
     prompts = texts(random.Random(1), requests)
     checked = range(0, requests, max(1, requests // 20)) if spec == NEUTRAL else ()

@@ -52,6 +52,20 @@ def test_the_exact_head_of_a_blended_prompt_stays_shared(blend):
     assert again.num_cached_tokens == head
 
 
+def test_the_next_turn_of_a_blended_conversation_is_blended_again(blend):
+    """None of its blocks, the answer's neither, can be found by the exact prefix cache."""
+    blend.forget()
+    blend.greedy([prompt(0, 1, 2)])
+    [first] = blend.greedy([PROMPTS[1]], tokens=40)
+    turn = [*PROMPTS[1], *first.outputs[0].token_ids, 11, 12]
+    off = {"kv_transfer_params": {"kvshare": {"reuse": False, "store": False}}}
+    [plain] = blend.greedy([turn], extra=off)
+    assert plain.num_cached_tokens == 0
+    blend.llm.reset_prefix_cache()
+    [again] = blend.greedy([turn])
+    assert again.num_cached_tokens > 0.8 * len(PROMPTS[1])
+
+
 def test_only_the_budget_is_recomputed(blend, monkeypatch):
     # What stands between two recomputed tokens and saves a pass comes on top.
     monkeypatch.setattr(blending, "bridged", lambda wanted, max_runs: wanted)

@@ -12,6 +12,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 
 from vllm_plugins.engine.policy import SchedulerFacts, Step, StepPlan
+from vllm_plugins.kv_connectors.kvshare import hit_rate_order as ordering
 from vllm_plugins.kv_connectors.kvshare.hit_rate_order import (
     HitRatePolicy,
     Waiting,
@@ -160,6 +161,15 @@ HITS = st.lists(REQUEST, min_size=2, max_size=10)
 GAMMA = st.sampled_from([None, 0.0, 15.0, 1e4])
 
 
+@pytest.fixture(scope="module", params=[3, ordering.RANKED_PER_STEP])
+def ranked(request):
+    """How many places a step gives by rank: fewer than there are requests, and as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ordering, "RANKED_PER_STEP", request.param)
+        yield
+
+
+@pytest.mark.usefixtures("ranked")
 @given(HITS, st.lists(st.integers(0, 3), max_size=6), st.integers(0, 3), GAMMA)
 # A hit of the first domain goes first, and the second domain's request is overtaken.
 @example([(b"one", 0.0), (b"two", 0.0), (b"two", 1.0), (b"one", 1.0)], [1], 1, None)
@@ -173,6 +183,29 @@ def test_what_one_domain_has_stored_moves_no_other_in_any_step(requests, steps, 
     assert others(runs[0]) == others(runs[1])
 
 
+@pytest.mark.usefixtures("ranked")
+@given(HITS, st.lists(st.integers(0, 3), max_size=6), st.integers(0, 3), GAMMA)
+def test_domains_take_turns_as_if_nothing_were_stored(requests, steps, max_bypass, gamma):
+    def turns(some):
+        admitted = Queue(some, max_bypass, gamma).run(steps)
+        return [[requests[int(name)][0] for name in names] for names in admitted]
+
+    assert turns(requests) == turns([(domain, 0.0, *n) for domain, _, *n in requests])
+
+
+@pytest.mark.parametrize(("stored", "first", "last"), [(0.98, "1", "0"), (0.0, "0", "1")])
+def test_beside_spf_who_is_overtaken_waits_in_the_place_of_who_overtook_it(stored, first, last):
+    """With gamma=0 behind another domain's shorter ones, for as long as they come."""
+    queue = Queue([(b"one", 0.0, 30), (b"one", stored, 1000)], gamma=0.0)
+    admitted = []
+    for number in range(2, 22):
+        queue.arrive(str(number), b"two", 0.0, 500)
+        admitted += queue.step(1)
+    assert admitted == [first, *map(str, range(2, 21))]
+    assert queue.step(2) == ["21", last]
+
+
+@pytest.mark.usefixtures("ranked")
 @given(HITS, st.lists(st.integers(0, 3), max_size=6), st.integers(0, 3), GAMMA)
 def test_no_request_is_overtaken_more_often_than_allowed(requests, steps, max_bypass, gamma):
     """Overtaken by those that would come after it if nothing were stored."""
@@ -192,6 +225,14 @@ def test_no_request_is_overtaken_more_often_than_allowed(requests, steps, max_by
         assert sum(blind(n) > blind(number) for n in before) <= max_bypass
     # Who goes in the same step does not wait any longer.
     assert queue.bypasses == sum(any(overtaken(place)) for place in range(len(admitted)))
+
+
+def test_a_long_queue_ranks_no_more_than_a_step_admits():
+    most = ordering.RANKED_PER_STEP
+    queue = [waiting(arrived=100.0 + i / 1e3, hit=i % 2) for i in range(4 * most)]
+    found = hit_rate_order(queue, 10**6)
+    assert found[:most] == list(range(1, 2 * most, 2))
+    assert found[most:] == [i for i in range(4 * most) if i not in found[:most]]
 
 
 def test_a_stream_of_hits_lets_who_has_none_through():
