@@ -41,12 +41,14 @@ class Ask:
         images: Their seeds.
         after: Tokens behind the last one.
         start: First token, so that prompts need not begin alike.
+        ends: Whether the last image ends the prompt, without a token behind it.
     """
 
     before: int
     images: tuple[int, ...]
     after: int
     start: int = 7
+    ends: bool = False
 
     @property
     def prompt(self) -> dict[str, Any]:
@@ -55,6 +57,8 @@ class Ask:
         for seed in self.images:
             ids += [IMAGE_TOKEN, 20 + seed]
         ids += [30 + i % 20 for i in range(self.after)]
+        if self.ends:
+            ids.pop()
         if not self.images:
             return {"prompt_token_ids": ids}
         images = [image(seed) for seed in self.images]
@@ -212,6 +216,7 @@ def reference(
         pixel_values=images,
         block_size=BLOCK,
         scorer=scorer,
+        prompt_tokens=len(output.prompt_token_ids),
         **options,
     )
 

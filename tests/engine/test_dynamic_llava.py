@@ -164,6 +164,37 @@ def test_a_hit_that_ends_among_the_chosen_chooses_from_the_rest(llm):
     assert_idle(llm)
 
 
+def test_an_image_that_ends_the_prompt(llm):
+    """Where a block ends with it too, the last row would lie in the hole; the answer needs it."""
+    asks = [Ask(before, (before % 3,), 0, start=before, ends=True) for before in (15, 16, 17, 48)]
+    lengths = [before + TOKENS for before in (15, 16, 17, 48)]
+    assert [length % BLOCK for length in lengths] == [31, 0, 1, 0]
+    for _ in range(2):
+        outputs = answers(llm, asks)
+        assert_equal(asks, outputs)
+    # The second time all but the last block is found.
+    assert outputs[1].num_cached_tokens == lengths[1] - BLOCK
+    assert_idle(llm)
+
+
+def test_a_step_of_nothing_but_a_hole(llm):
+    """A hit ends in the image's hole and the step where the image does: no row goes on."""
+    ask, scheduler = Ask(16, (5,), 100), scheduler_of(llm)
+    leave_blocks(llm, ask, 2)
+    before, budget = vars(tally(llm)).copy(), scheduler.max_num_scheduled_tokens
+    scheduler.max_num_scheduled_tokens = 16 + TOKENS - 2 * BLOCK
+    try:
+        [output] = answers(llm, [ask])
+    finally:
+        scheduler.max_num_scheduled_tokens = budget
+    assert output.num_cached_tokens == 2 * BLOCK
+    assert_equal([ask], [output])
+    # Hidden, but of no image from which some tokens were chosen.
+    assert tally(llm).hidden - before["hidden"] == 3
+    assert tally(llm).dropped == before["dropped"]
+    assert_idle(llm)
+
+
 def test_prompt_logprobs_are_refused_for_the_one_request(llm):
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError

@@ -1,16 +1,20 @@
 """Blocks of dropped image tokens given back while their requests go on."""
 
 import pytest
+from vision import tiny_llava
 
 from tests.engine.dynamic_llava_engine import (
     BLOCK,
+    PIXELS,
+    TOKENS,
     Ask,
     answers,
     assert_equal,
     assert_idle,
+    plain_model,
     pruned,
 )
-from tests.models import scheduler_of
+from tests.models import plugin_samples, scheduler_of
 
 pytestmark = pytest.mark.engine
 
@@ -21,29 +25,100 @@ ASKS = [
     Ask(3, (4, 0, 1), 12),
     Ask(90, (), 40),
     Ask(60, (6,), 33),
+    # The prompt ends with a block, and its last image with both.
+    Ask(16, (1,), 0, ends=True),
 ]
+CROWD = ASKS + [Ask(before, (before % 5,), 30, start=before) for before in range(8)]
 FREED = {"free_hole_blocks": True}
 
 
-def manager_of(llm):
-    """The manager of the upper layers' blocks."""
-    return scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers[1]
+# A request of 450 tokens and 60 more has 16 blocks in each group of layers.
+TIGHT = {"max_num_batched_tokens": 512, "max_model_len": 600}
 
 
-def holes(llm, ask):
-    """Blocks of a request that are holes."""
+def managers_of(llm):
+    """The managers of the upper layers' blocks, one for each of their groups."""
+    return scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers[1:]
+
+
+def holes(llm, ask, prompt):
+    """Blocks of a request that are holes, in each group."""
     plan = scheduler_of(llm).plugin_policies[0]._plan_span
     position, total = ask.before, 0
     for _ in ask.images:
-        total += plan((position, position + 144)).blocks
-        position += 145
+        total += plan((position, position + TOKENS)).before(prompt).blocks
+        position += TOKENS + 1
     return total
+
+
+def freed_gauge(llm):
+    """What the metric says of this engine."""
+    model = str(llm.llm_engine.vllm_config.model_config.served_model_name)
+    [value] = [
+        sample.value
+        for sample in plugin_samples()
+        if sample.name == "vllm_plugins:dynamic_llava_freed_blocks"
+        and sample.labels.get("model_name") == model
+    ]
+    return value
 
 
 def assert_forgotten(llm):
     """Fail if requests that are gone are remembered; the scheduler tells of the last ones later."""
     scheduler_of(llm).schedule()
-    assert not manager_of(llm).holes
+    assert not any(manager.holes for manager in managers_of(llm))
+
+
+def assert_frees(llm, ask):
+    """Count while a request decodes, against the blocks that its length takes in all groups."""
+    from vllm import SamplingParams
+
+    engine, pool = llm.llm_engine, scheduler_of(llm).kv_cache_manager.block_pool
+    upper = len(managers_of(llm))
+    engine.add_request("only", ask.prompt, SamplingParams(max_tokens=4, ignore_eos=True))
+    before = pool.get_num_free_blocks()
+    engine.step()
+    [request] = scheduler_of(llm).running
+    prompt = request.num_prompt_tokens
+    assert before - pool.get_num_free_blocks() == (1 + upper) * -(-prompt // BLOCK)
+    engine.step()
+    taken, hidden = (1 + upper) * -(-(prompt + 1) // BLOCK), upper * holes(llm, ask, prompt)
+    assert before - pool.get_num_free_blocks() == taken - hidden
+    assert freed_gauge(llm) == hidden
+    assert (hidden > 0) == bool(ask.images)
+    engine.abort_request(["only"])
+    while engine.has_unfinished_requests():
+        engine.step()
+    assert_idle(llm)
+
+
+def answers_under_pressure(llm):
+    """Answer a crowd, with preemptions, and blocks that were holes being written by others."""
+    scheduler, preempted, written = scheduler_of(llm), [], set()
+    original = scheduler._preempt_request
+
+    def preempt(request, *args, **kwargs):
+        preempted.append(request.num_output_tokens)
+        return original(request, *args, **kwargs)
+
+    def watch(manager):
+        remove = manager._remove_blocks_in_range
+
+        def watched(request_id, first, last):
+            blocks = manager.req_to_blocks.get(request_id, [])[first:last]
+            written.update(b.block_id for b in blocks if not b.is_null)
+            return remove(request_id, first, last)
+
+        manager._remove_blocks_in_range = watched
+
+    scheduler._preempt_request = preempt
+    for manager in managers_of(llm):
+        watch(manager)
+    outputs = answers(llm, CROWD, tokens=60)
+    assert any(tokens > 0 for tokens in preempted), preempted
+    # A good part of the pool were holes once, and are other requests' later.
+    assert len(written) > 10 * (1 + len(managers_of(llm)))
+    return outputs
 
 
 @pytest.fixture(scope="module")
@@ -68,54 +143,29 @@ def test_answers_are_those_of_the_reference(llm):
 
 
 def test_what_is_freed_is_what_is_dropped(llm):
-    """Counted while a request decodes, against the blocks that its length takes in both groups."""
-    from vllm import SamplingParams
-
-    engine, pool = llm.llm_engine, scheduler_of(llm).kv_cache_manager.block_pool
     for ask in ASKS:
-        params = SamplingParams(max_tokens=4, ignore_eos=True)
-        engine.add_request("only", ask.prompt, params)
-        before = pool.get_num_free_blocks()
-        engine.step()
-        [request] = scheduler_of(llm).running
-        taken = 2 * -(-request.num_prompt_tokens // BLOCK)
-        assert before - pool.get_num_free_blocks() == taken
-        engine.step()
-        taken = 2 * -(-(request.num_prompt_tokens + 1) // BLOCK)
-        assert before - pool.get_num_free_blocks() == taken - holes(llm, ask)
-        assert (holes(llm, ask) > 0) == bool(ask.images)
-        engine.abort_request(["only"])
-        while engine.has_unfinished_requests():
-            engine.step()
-        assert_idle(llm)
+        assert_frees(llm, ask)
 
 
 def test_freed_blocks_serve_others_and_nobody_reads_theirs():
     """The pool is so small that freed blocks are written by other requests, and some preempted."""
-    # A request of 450 tokens and 60 more has 32 blocks in both groups.
-    tight = {"num_gpu_blocks_override": 44, "max_num_batched_tokens": 512, "max_model_len": 600}
-    with pruned(FREED, **tight) as llm:
-        scheduler, preempted, written = scheduler_of(llm), [], set()
-        original = scheduler._preempt_request
+    with pruned(FREED, num_gpu_blocks_override=44, **TIGHT) as llm:
+        assert_equal(CROWD, answers_under_pressure(llm))
+        assert_idle(llm)
+        assert_forgotten(llm)
 
-        def preempt(request, *args, **kwargs):
-            preempted.append(request.num_output_tokens)
-            return original(request, *args, **kwargs)
 
-        manager = manager_of(llm)
-        remove = manager._remove_blocks_in_range
-
-        def watched(request_id, first, last):
-            blocks = manager.req_to_blocks.get(request_id, [])[first:last]
-            written.update(b.block_id for b in blocks if not b.is_null)
-            return remove(request_id, first, last)
-
-        scheduler._preempt_request, manager._remove_blocks_in_range = preempt, watched
-        asks = ASKS + [Ask(before, (before % 5,), 30, start=before) for before in range(8)]
-        outputs = answers(llm, asks, tokens=60)
-        assert any(tokens > 0 for tokens in preempted), preempted
-        # More blocks were freed as holes than there are: each was used again.
-        assert len(written) > 20
-        assert_equal(asks, outputs)
+def test_freed_blocks_of_several_groups():
+    """Groups are as large as the two layers below; five above make three, of which one has one."""
+    model = tiny_llava(layers=7, pixels=PIXELS)
+    with pruned(FREED, model, num_gpu_blocks_override=80, **TIGHT) as llm:
+        groups = scheduler_of(llm).kv_cache_config.kv_cache_groups
+        kinds = [type(group.kv_cache_spec).__name__ for group in groups]
+        assert kinds == ["FullAttentionSpec", *["HoleSpec"] * 3]
+        assert sorted(len(group.layer_names) for group in groups) == [1, 2, 2, 2]
+        for ask in ASKS:
+            assert_frees(llm, ask)
+        outputs = answers_under_pressure(llm)
+        assert_equal(CROWD, outputs, model=plain_model(model))
         assert_idle(llm)
         assert_forgotten(llm)

@@ -62,7 +62,6 @@ def replayed(model, ask, output):
         predictors=predictors_of(model),
         rate=0.3,
         text_keep=True,
-        prompt_tokens=len(output.prompt_token_ids),
     )
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_plugins.engine.block_holes.plan import plan_hole, plan_step
@@ -28,6 +28,7 @@ def steps(draw):
     return tokens, plan_step(holes, starts, np.array(ends)), int(starts[-1])
 
 
+@settings(deadline=None)
 @given(steps(), st.randoms(use_true_random=False), st.booleans())
 def test_each_image_keeps_its_best_in_their_order(step, random, ties):
     tokens, plan, rows = step

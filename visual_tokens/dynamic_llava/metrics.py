@@ -38,7 +38,7 @@ RECHOSEN = MetricSpec(
 FREED = MetricSpec(
     "dynamic_llava_freed_blocks",
     "gauge",
-    "Cache blocks that the upper layers give back or will, of the requests of the last step.",
+    "Cache blocks that the upper layers give back or will, of the requests that the engine holds.",
 )
 
 ALL = (IMAGE_TOKENS, HIDDEN_BLOCKS, STEPS, RECHOSEN)

@@ -77,7 +77,8 @@ def reference_logits(
             the wanted number, as the paper does.
         scorer: What orders image tokens.
         text_keep: Decide on answer tokens one by one.
-        prompt_tokens: Where the answer begins; needed with ``text_keep``.
+        prompt_tokens: Where the answer begins; needed with ``text_keep``, and with ``block_size``
+            where an image ends the prompt.
     """
     if prompt_tokens is None and text_keep:
         raise ValueError("prompt_tokens says where the answer begins; it is needed with text_keep")
@@ -96,7 +97,7 @@ def reference_logits(
     if keep_rate < 1 and image_features is not None and len(images):
         spans = images.view(-1, image_features.shape[1])
         scores = image_scores(predictors, scorer, hidden[0, spans])
-        kept = kept_positions(spans, scores, prompt, keep_rate, block_size)
+        kept = kept_positions(spans, scores, prompt, keep_rate, block_size, prompt_tokens)
     rows = one.upper(hidden[:, kept], kept)
     steps = [one.decode(position) for position in after.tolist()]
     logits = decoder.logits(torch.cat((rows, *(row for row, _ in steps)), dim=1)[0])
@@ -191,16 +192,22 @@ def image_scores(
 
 
 def kept_positions(
-    spans: torch.Tensor, scores: torch.Tensor, length: int, rate: float, block_size: int | None
+    spans: torch.Tensor,
+    scores: torch.Tensor,
+    length: int,
+    rate: float,
+    block_size: int | None,
+    prompt_tokens: int | None = None,
 ) -> torch.Tensor:
     """Return the positions of a prompt that the upper layers see.
 
     Args:
         spans: Positions of each image's tokens, consecutive, int64, shape (images, N).
         scores: Higher is kept, shape (images, N).
-        length: Of the prompt, in tokens.
+        length: Of the prompt, or of prompt and answer, in tokens.
         rate: Share of each image's tokens to keep.
         block_size: See `reference_logits`.
+        prompt_tokens: See `reference_logits`; by default no image ends the prompt.
 
     Returns:
         Ascending, int64, shape (rows,).
@@ -212,6 +219,7 @@ def kept_positions(
         selected, tail = wanted, 0
         if block_size is not None:
             hole = plan_hole(int(span[0]), int(span[-1]) + 1, wanted, block_size)
+            hole = hole.before(prompt_tokens or -1)
             selected, tail = hole.selected, hole.tail
         head = tokens - tail
         keep[span[:head]] = False

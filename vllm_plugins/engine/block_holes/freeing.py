@@ -130,7 +130,8 @@ class HolePolicy(SchedulerPolicy):
             for feature in request.mm_features
             for first, last in feature.mm_position.extract_embeds_range()
         ]
-        holes = tuple(hole for hole in map(self._plan_span, spans) if hole.blocks)
+        planned = (self._plan_span(span).before(request.num_prompt_tokens) for span in spans)
+        holes = tuple(hole for hole in planned if hole.blocks)
         if holes:
             self._holes[request.request_id] = holes
             self._count()
@@ -160,7 +161,6 @@ class FreedBlocks:
 
     def __init__(self, runner: RunnerView, layers: Sequence[str]) -> None:
         self._runner = runner.runner
-        self._take_out = self._on_device if runner.config.use_v2_model_runner else self._on_host
         groups = runner.kv_cache_config.kv_cache_groups
         wanted = set(layers)
         # By the size of their blocks.
@@ -179,15 +179,14 @@ class FreedBlocks:
         for size, groups in self._groups.items():
             split = size // plan.block_size
             rows, columns = plan.hidden[0, ::split], plan.hidden[1, ::split] // split
-            self._take_out(groups, rows, columns, common)
+            # Only V2's metadata say under which row the state of each request lies.
+            if common.req_idx is None:
+                self._on_host(groups, rows, columns)
+            else:
+                self._on_device(groups, common.req_idx[rows], columns)
 
-    def _on_host(
-        self,
-        groups: list[int],
-        rows: np.ndarray,
-        columns: np.ndarray,
-        common: CommonAttentionMetadata,
-    ) -> None:
+    def _on_host(self, groups: Sequence[int], rows: np.ndarray, columns: np.ndarray) -> None:
+        """Change entries at rows of the batch."""
         batch, requests = self._runner.input_batch, self._runner.requests
         for group in groups:
             batch.block_table[group].block_table.np[rows, columns] = 0
@@ -195,16 +194,10 @@ class FreedBlocks:
                 # A request that leaves the batch for a while comes back with what is kept here.
                 requests[batch.req_ids[row]].block_ids[group][column] = 0
 
-    def _on_device(
-        self,
-        groups: list[int],
-        rows: np.ndarray,
-        columns: np.ndarray,
-        common: CommonAttentionMetadata,
-    ) -> None:
-        assert common.req_idx is not None
+    def _on_device(self, groups: Sequence[int], rows: np.ndarray, columns: np.ndarray) -> None:
+        """Change entries at rows of the requests' states."""
         tables = [self._runner.block_tables.block_tables[group].gpu for group in groups]
-        where = torch.from_numpy(np.stack((common.req_idx[rows], columns)).astype(np.int64))
+        where = torch.from_numpy(np.stack((rows, columns)).astype(np.int64))
         where = where.to(tables[0].device, non_blocking=True)
         for table in tables:
             table[where[0], where[1]] = 0

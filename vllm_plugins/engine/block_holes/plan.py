@@ -60,6 +60,19 @@ class Hole:
         """Tokens of the span that the layers above see."""
         return self.selected + self.tail
 
+    def before(self, end: int, spared: int = 1) -> Hole:
+        """Return the hole without its last block where a prompt ends with it.
+
+        The first token of the answer is drawn from the prompt's last row, which therefore goes on.
+
+        Args:
+            end: Length of the prompt in tokens.
+            spared: Blocks to leave out, such as an attention kernel's in one of the manager's.
+        """
+        if not self.blocks or self.behind != end:
+            return self
+        return replace(self, blocks=max(0, self.blocks - spared))
+
     def in_blocks_of(self, size: int) -> Hole:
         """Return the same hole in smaller blocks, such as an attention kernel's.
 
