@@ -63,7 +63,7 @@ class HipCpuMetadataBuilder(SparseBuilder, CPUAttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._planner = None
+        self.is_counting, self._planner = False, None
         if set(layer_names) & set(sparse_layers(vllm_config)):
             drafts = vllm_config.speculative_config
             options = hip_options(vllm_config)

@@ -67,7 +67,7 @@ class HipCudaMetadataBuilder(SparseBuilder, FlashAttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._planner = None
+        self.is_counting, self._planner = False, None
         if set(layer_names) & set(sparse_layers(vllm_config)):
             self._planner = DevicePlanner(
                 vllm_config, layer_names, self.block_size, torch.device(device)

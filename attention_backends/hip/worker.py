@@ -65,7 +65,7 @@ class SparseBuilder:
             to capture graphs or to warm up.
     """
 
-    is_counting: bool = False
+    is_counting: bool
 
 
 def hip_options(config: VllmConfig) -> HipOptions:
