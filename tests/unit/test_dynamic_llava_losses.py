@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vllm_plugins.visual_tokens.dynamic_llava.losses import (
+    also_seen,
     draw_decisions,
     keep_rate_loss,
     long_answers,
@@ -46,6 +47,28 @@ def test_decisions_carry_the_gradient_of_the_soft_sample():
     expected = weights * p * (1 - p) / tau
     torch.testing.assert_close(logits.grad[:, 0], expected)
     torch.testing.assert_close(logits.grad[:, 1], -expected)
+
+
+def test_some_images_show_their_best_tokens_up_to_a_random_part():
+    scores = torch.rand(20_000, 10)
+    seen = also_seen(torch.zeros(scores.shape), scores, rate=0.2, share=0.5)
+    by_rank = seen.gather(1, scores.argsort(-1, descending=True))
+    assert (by_rank.diff(dim=-1) <= 0).all()
+    # Half of the images; the part is drawn evenly between 0.2 and 1.
+    wanted = [0.5 * min(1, (10 - rank) / 8) for rank in range(10)]
+    # Five standard deviations of the mean of as many draws.
+    assert by_rank.mean(dim=0).tolist() == pytest.approx(wanted, abs=0.018)
+
+
+def test_what_is_drawn_stays_seen_and_decides_where_nothing_else_does():
+    drawn, scores = torch.rand(500, 10).round().requires_grad_(), torch.rand(500, 10)
+    seen = also_seen(drawn, scores, rate=0.2, share=0.5)
+    assert (seen >= drawn).all()
+    assert (also_seen(drawn, scores, rate=0.2, share=0.0) == drawn).all()
+    seen.sum().backward()
+    # Hidden tokens were hidden by the draw.
+    assert (drawn.grad[seen == 0] == 1).all()
+    assert 0.2 < (drawn.grad == 0).float().mean().item() < 0.4
 
 
 def test_only_long_answers_are_decided_on_each_turn_by_itself():

@@ -310,6 +310,7 @@ def test_broken_checkpoints_are_refused(trained, source, tmp_path):
         (["--image-keep-rate", "0"], "image_keep_rate: Input should be greater than 0"),
         (["--sparse-layer", "4"], "has 4 layers, so none at sparse_layer 4"),
         (["--d-model", "36", "--nhead", "8"], "d_model 36 is not a multiple of nhead 8"),
+        (["--varied", "0.3", "--image-keep-rate", "1"], "--varied: image_keep_rate is 1"),
         (["--device", "cuda:0"], "no CUDA device is here"),
         (["--held-out", "24"], "24 of 24 samples leave none"),
     ],

@@ -47,6 +47,28 @@ def draw_decisions(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     return functional.gumbel_softmax(logits, temperature, hard=True)[..., KEEP]
 
 
+def also_seen(drawn: torch.Tensor, scores: torch.Tensor, rate: float, share: float) -> torch.Tensor:
+    """Let some images be seen in larger part than was drawn, as serving at a higher rate would.
+
+    Not in the paper [G]: a model that is trained at one keep rate alone answers worse where it sees
+    more, above all how many things there are. Such an image shows its best tokens besides, up to a
+    part drawn evenly between the keep rate and 1.
+
+    Args:
+        drawn: M of the images' tokens, shape (images, N).
+        scores: How much each should be kept, shape (images, N).
+        rate: Keep rate, r_I.
+        share: Of images that are seen in larger part.
+
+    Returns:
+        What later layers see, shape (images, N); the gradient is that of M where M decides.
+    """
+    parts, luck = torch.rand(2, len(drawn), 1, device=drawn.device)
+    ranks = scores.argsort(-1, descending=True).argsort(-1)
+    more = (luck < share) & (ranks < (rate + (1 - rate) * parts) * scores.shape[1])
+    return torch.where(more, 1.0, drawn)
+
+
 def long_answers(answers: torch.Tensor, at_least: int = LEN_OT) -> torch.Tensor:
     """Return which tokens belong to an answer of at least so many tokens.
 

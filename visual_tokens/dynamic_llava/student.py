@@ -17,6 +17,7 @@ from vllm_plugins.visual_tokens.dynamic_llava.decoder import Decoder
 from vllm_plugins.visual_tokens.dynamic_llava.losses import (
     LAMBDA,
     LEN_OT,
+    also_seen,
     draw_decisions,
     keep_rate_loss,
     long_answers,
@@ -24,6 +25,7 @@ from vllm_plugins.visual_tokens.dynamic_llava.losses import (
     weighted,
 )
 from vllm_plugins.visual_tokens.dynamic_llava.masked_attention import register
+from vllm_plugins.visual_tokens.dynamic_llava.predictors import keep_scores
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -38,7 +40,7 @@ class Forward(NamedTuple):
     Attributes:
         logits: At the rows before the answers' tokens, shape (answer tokens, vocabulary).
         targets: The answers' tokens, int64, shape (answer tokens,).
-        decisions: M, shape (batch, n).
+        decisions: M as the predictors draw it, shape (batch, n).
         text_rows: Tokens whose decision the text predictor made, bool, shape (batch, n).
     """
 
@@ -58,6 +60,7 @@ class Student(nn.Module):
         predictors: Trained beside it.
         weight: Of the keep rates' terms, lambda.
         long_answer: Tokens from which on an answer is decided on, LEN_OT.
+        varied: Share of images that are seen in larger part than drawn; see `losses.also_seen`.
     """
 
     def __init__(
@@ -66,9 +69,10 @@ class Student(nn.Module):
         predictors: Predictors,
         weight: float = LAMBDA,
         long_answer: int = LEN_OT,
+        varied: float = 0.0,
     ) -> None:
         super().__init__()
-        self._weight, self.long_answer = weight, long_answer
+        self._weight, self.long_answer, self._varied = weight, long_answer, varied
         self.model, self.predictors = model, predictors
         model.model.language_model.set_attn_implementation(register())
         for part in self.frozen():
@@ -125,11 +129,11 @@ class Student(nn.Module):
         mask = training_mask(batch.attention_mask)
         hidden = decoder.run(hidden, range(layer), positions, mask)
         text_rows = long_answers(batch.answer_mask, self.long_answer)
-        decisions = self._decide(
+        decisions, seen = self._decide(
             hidden, batch.image_mask, features.shape[1], text_rows, temperature
         )
         upper = range(layer, decoder.layers)
-        hidden = decoder.run(hidden, upper, positions, mask, keep=decisions)
+        hidden = decoder.run(hidden, upper, positions, mask, keep=seen)
         predicted = batch.answer_mask[:, 1:]
         logits = decoder.logits(hidden[:, :-1][predicted])
         return Forward(logits, batch.input_ids[:, 1:][predicted], decisions, text_rows)
@@ -141,18 +145,22 @@ class Student(nn.Module):
         tokens: int,
         text_rows: torch.Tensor,
         temperature: float,
-    ) -> torch.Tensor:
-        """Return M, shape (batch, n); an image has so many tokens."""
-        decisions = torch.ones(images.shape, device=hidden.device)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return M and what is seen, each of shape (batch, n); an image has so many tokens."""
+        decisions = seen = torch.ones(images.shape, device=hidden.device)
         if self.predictors.image_predictor is not None:
-            rows = hidden[images].unflatten(0, (-1, tokens))
-            drawn = draw_decisions(self.predictors.image_predictor(rows), temperature)
-            decisions = decisions.to(drawn.dtype).masked_scatter(images, drawn)
+            logits = self.predictors.image_predictor(hidden[images].unflatten(0, (-1, tokens)))
+            drawn = more = draw_decisions(logits, temperature)
+            if self._varied:
+                rate = self.predictors.config.image_keep_rate
+                more = also_seen(drawn, keep_scores(logits.detach()), rate, self._varied)
+            ones = decisions.to(drawn.dtype)
+            decisions, seen = (ones.masked_scatter(images, part) for part in (drawn, more))
         if self.predictors.text_predictor is not None:
             # All rows, whichever the batch decides on: every rank then has all gradients.
             drawn = draw_decisions(self.predictors.text_predictor(hidden), temperature)
-            decisions = torch.where(text_rows, drawn, decisions)
-        return decisions
+            decisions, seen = (torch.where(text_rows, drawn, part) for part in (decisions, seen))
+        return decisions, seen
 
 
 def training_mask(attention_mask: torch.Tensor) -> torch.Tensor:

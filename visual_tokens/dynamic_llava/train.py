@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_plugins.errors import PluginError
 from vllm_plugins.training import arguments
 from vllm_plugins.visual_tokens.dynamic_llava.sparse_config import SparseConfig
 
@@ -51,6 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weight of the keep rates' terms (default: 100)")  # fmt: skip
     add("--long-answer", type=arguments.at_least(1), default=50, metavar="TOKENS",
         help="answers from this length on lose tokens (default: 50)")  # fmt: skip
+    add("--varied", type=arguments.share, default=0.0, metavar="SHARE",
+        help="share of images seen in larger part than the keep rate, by the best tokens up to a "
+        "random part, so that one model serves at all rates; not the paper's (default: 0)"
+    )  # fmt: skip
     add("--recompute", action="store_true",
         help="compute layers again in the backward pass, which saves memory")  # fmt: skip
     fields = SparseConfig.model_fields
@@ -78,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
 
     names = ("image_keep_rate", "text_keep_rate", *_SIZES)
     config = SparseConfig.of({name: getattr(args, name) for name in names}, WHERE)
+    if args.varied and config.image_keep_rate == 1:
+        reason = "image_keep_rate is 1, so that all images are seen whole"
+        raise PluginError(f"{WHERE}: --varied", reason, "leave it out")
     arguments.check_folder(args)
     if not args.no_plot:
         from vllm_plugins.cli.pictures import pyplot
@@ -120,8 +128,6 @@ def model_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    from vllm_plugins.errors import PluginError
-
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
@@ -156,7 +162,7 @@ def load_student(
     model = LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
     torch.manual_seed(options.seed)
     predictors = Predictors(described.text_config.hidden_size, config)
-    student = Student(model, predictors, args.weight, args.long_answer)
+    student = Student(model, predictors, args.weight, args.long_answer, args.varied)
     if args.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if args.lr == 0:
