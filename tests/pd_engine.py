@@ -8,6 +8,7 @@ is the prefill engine, driven by lines of JSON: a request, its answer.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -193,8 +194,9 @@ def instance(model: Path, plugin: str) -> Iterator[Instance]:
 def main() -> None:
     """Prefill until standard input ends, and keep each prompt until it is pulled."""
     model, plugin = Path(sys.argv[1]), sys.argv[2]
-    # vLLM prints to standard output, which is for answers.
-    answers, sys.stdout = sys.stdout, sys.stderr
+    # Python and what it loads print to standard output, which is for answers.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     with instance(model, plugin) as mine:
         print(json.dumps({"v2": mine.has_v2}), file=answers, flush=True)
         for line in sys.stdin:

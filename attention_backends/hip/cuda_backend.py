@@ -131,7 +131,8 @@ class HipCudaImpl(SparseLayer, FlashAttentionImpl):
         assert plan is not None
         keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         query = keys.new_zeros(1, self.num_heads, self.head_size)
-        table, blocks = torch.zeros(2, 6, dtype=torch.int32, device=device).split(1)
+        # Not parts of one: kernels are compiled for how pointers are aligned.
+        table, blocks = (torch.zeros(1, n, dtype=torch.int32, device=device) for n in (1, 6))
         lists = [blocks.new_empty(1, x.keep_chunks) for x in plan.stages]
         if phases != "prefill":
             batch = Batch(query, keys, table, blocks, self._queries, max_len)

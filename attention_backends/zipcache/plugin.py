@@ -126,7 +126,7 @@ class ZipCachePlugin(AttentionPlugin):
     """A packed KV cache whose salient tokens have more bits than the others."""
 
     name = "zipcache"
-    summary = "Packs the KV cache: four bits for salient tokens, two for the others."
+    summary = "Packs the KV cache: four bits for keys and salient values, two for other values."
     papers = (
         Paper(
             "ZipCache: Accurate and Efficient KV Cache Quantization with Salient Token "
@@ -135,7 +135,7 @@ class ZipCachePlugin(AttentionPlugin):
         ),
     )
     exactness = (
-        "approximate by bits and salient_ratio; exact with all layers in skip_layers, and for a "
+        "approximate by bits and salient ratios; exact with all layers in skip_layers, and for a "
         "sequence within one block"
     )
     requires = Requirements(

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 # millisecond at most (`benchmarks/kvshare_planner.py`).
 LOOKED_UP_PER_STEP = 8192
 # Places that are given by rank in one step, of all domains; each costs a look at its whole domain.
-# No step admits nearly as many, and the next one ranks anew.
+# A step seldom admits as many, though requests that load what is stored take no slot; those behind
+# come in the order that does not know the store. The next step ranks anew.
 RANKED_PER_STEP = 64
 
 

@@ -210,7 +210,8 @@ class SpecVlmModel(nn.Module):
         own, places = fused[rows], positions[rows]
         self.image_rows.fill(plan, own, places, fused, positions, features)
         with compact_rows(self.view, self.attention, plan):
-            drafted = self._decode(places, own)
+            # All that a step holds may lie in holes; kernels may not accept zero rows.
+            drafted = self._decode(places, own) if len(rows) else own
         return fused.new_zeros(fused.shape).index_copy_(0, rows, drafted)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

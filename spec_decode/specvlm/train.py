@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 # The paper's, for a target of 7B; it names 5e-5 for 13B.
 LEARNING_RATE, BETAS = 8e-5, (0.9, 0.95)
+# A run is resumed with the same. Sizes are told by the weights.
+_LASTING = ("lr", "lambda_logit", "lambda_feature", "lambda_balance", "unroll", "mode",
+            "default_operator", "select_from")  # fmt: skip
 DEFAULTS = arguments.Defaults(batch=128, schedule="constant")
 # Without convolution: whatever the gate picks gets as many rows as the operator that wants most,
 # and convolution wants a third of the image where the paper finds it no better than the others.
@@ -165,7 +169,10 @@ def prepare(
 
     samples = read_samples(args.data, args.images)
     trained, held_out = split_samples(samples, args.held_out, args.seed)
-    options = arguments.loop_options(args, len(trained), ranks.count)
+    options = replace(
+        arguments.loop_options(args, len(trained), ranks.count),
+        technique={name: getattr(args, name) for name in _LASTING},
+    )
     check_pictures(samples, ranks, args.device)
     target = load_target(args.target, args.device, options.dtype)
     collator = load_collator(args, target)

@@ -216,7 +216,6 @@ def reference(
         pixel_values=images,
         block_size=BLOCK,
         scorer=scorer,
-        prompt_tokens=len(output.prompt_token_ids),
         **options,
     )
 

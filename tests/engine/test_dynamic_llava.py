@@ -1,5 +1,7 @@
 """Image tokens dropped in the middle of a LLaVA on the real engine, against plain torch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from vision import tiny_llava
@@ -165,7 +167,10 @@ def test_a_hit_that_ends_among_the_chosen_chooses_from_the_rest(llm):
 
 
 def test_an_image_that_ends_the_prompt(llm):
-    """Where a block ends with it too, the last row would lie in the hole; the answer needs it."""
+    """Where a block ends with it too, the last row would lie in the hole; the answer needs it.
+
+    So do requests that go on from there and find its blocks.
+    """
     asks = [Ask(before, (before % 3,), 0, start=before, ends=True) for before in (15, 16, 17, 48)]
     lengths = [before + TOKENS for before in (15, 16, 17, 48)]
     assert [length % BLOCK for length in lengths] == [31, 0, 1, 0]
@@ -174,6 +179,10 @@ def test_an_image_that_ends_the_prompt(llm):
         assert_equal(asks, outputs)
     # The second time all but the last block is found.
     assert outputs[1].num_cached_tokens == lengths[1] - BLOCK
+    asks = [replace(ask, after=40, ends=False) for ask in asks]
+    outputs = answers(llm, asks)
+    assert_equal(asks, outputs)
+    assert outputs[1].num_cached_tokens == lengths[1]
     assert_idle(llm)
 
 

@@ -30,8 +30,6 @@ ASKS = [
 ]
 CROWD = ASKS + [Ask(before, (before % 5,), 30, start=before) for before in range(8)]
 FREED = {"free_hole_blocks": True}
-
-
 # A request of 450 tokens and 60 more has 16 blocks in each group of layers.
 TIGHT = {"max_num_batched_tokens": 512, "max_model_len": 600}
 
@@ -41,12 +39,12 @@ def managers_of(llm):
     return scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers[1:]
 
 
-def holes(llm, ask, prompt):
+def holes(llm, ask):
     """Blocks of a request that are holes, in each group."""
     plan = scheduler_of(llm).plugin_policies[0]._plan_span
     position, total = ask.before, 0
     for _ in ask.images:
-        total += plan((position, position + TOKENS)).before(prompt).blocks
+        total += plan((position, position + TOKENS)).blocks
         position += TOKENS + 1
     return total
 
@@ -82,7 +80,7 @@ def assert_frees(llm, ask):
     prompt = request.num_prompt_tokens
     assert before - pool.get_num_free_blocks() == (1 + upper) * -(-prompt // BLOCK)
     engine.step()
-    taken, hidden = (1 + upper) * -(-(prompt + 1) // BLOCK), upper * holes(llm, ask, prompt)
+    taken, hidden = (1 + upper) * -(-(prompt + 1) // BLOCK), upper * holes(llm, ask)
     assert before - pool.get_num_free_blocks() == taken - hidden
     assert freed_gauge(llm) == hidden
     assert (hidden > 0) == bool(ask.images)

@@ -62,6 +62,7 @@ def replayed(model, ask, output):
         predictors=predictors_of(model),
         rate=0.3,
         text_keep=True,
+        prompt_tokens=len(output.prompt_token_ids),
     )
 
 

@@ -80,6 +80,7 @@ def test_layers_come_while_another_request_generates(prefill, decode):
     assert decode.connector.admission.accepted and decode.rests == rests
     prefill.order(tokens, **{KEY: {"transfer_id": name, "stream": True}})
     streamed = decode.answer()
+    assert decode.rests > rests
     assert decode.pulled == prefill.answer()["digests"]
     assert streamed == alone(decode, tokens)
     assert generated[:8] == alone(decode, other)

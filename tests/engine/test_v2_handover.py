@@ -4,7 +4,7 @@ import pytest
 
 from tests.v2.elsewhere import run_on_v2
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
 
 def test_on_v2():

@@ -29,7 +29,7 @@ from tests.pd_servers import COMMON, nothing_more, post, stopped, until
 from tests.serve.test_serve_epd import body
 from tests.serving import Served, served
 
-pytestmark = pytest.mark.serve
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(1200)]
 
 CHAT = "/v1/chat/completions"
 # Each part in its place: where a template takes the content whole, vLLM puts pictures before it.

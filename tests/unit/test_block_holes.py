@@ -38,18 +38,14 @@ def test_a_hole_is_the_largest_that_leaves_what_is_wanted(start, length, wanted,
         assert -(-(start + max(0, wanted - tail)) // size) >= (start + length) // size
 
 
-def test_a_prompts_last_row_is_in_no_hole():
-    hole = plan_hole(16, 160, 36, 32)
-    assert (hole.blocks, hole.tail) == (3, 0)
-    assert hole.before(161) == hole
-    spared = hole.before(160)
-    assert (spared.blocks, spared.selected, spared.tail) == (2, hole.selected, 32)
-    # In an attention kernel's blocks it is the same, as the manager knows nothing of those.
-    assert hole.in_blocks_of(16).before(160, 2) == spared.in_blocks_of(16)
-    # A tail holds the last row already, and there may be no hole.
-    for start, end, wanted in ((17, 161, 36), (16, 160, 144)):
-        other = plan_hole(start, end, wanted, 32)
-        assert other.before(end) == other
+def test_a_spans_last_token_may_have_to_stay():
+    hole = plan_hole(16, 160, 36, 32, keep_last=True)
+    assert (hole.blocks, hole.selected, hole.tail) == (3, 16, 32)
+    assert plan_hole(16, 160, 36, 32).tail == 0
+    # A tail holds the last one already, and there may be no hole.
+    for start, end, wanted in ((17, 161, 36), (16, 160, 144), (130, 160, 4)):
+        found = plan_hole(start, end, wanted, 32, keep_last=True)
+        assert found.kept == plan_hole(start, end, wanted, 32).kept
 
 
 def walk(holes: list[list[Hole]], computed: list[int], ends: list[int]):
@@ -204,12 +200,10 @@ class Core:
         facts = SchedulerFacts(100, 1, 1, lambda: 0.0, kv_cache_manager=managers)
         self.policy.bind(facts, Metrics([FREED], {}))
 
-    def add(self, name: str, first: int, last: int, behind: int = 1) -> None:
+    def add(self, name: str, first: int, last: int) -> None:
         place = SimpleNamespace(extract_embeds_range=lambda: [(first, last)])
         feature = SimpleNamespace(mm_position=place)
-        prompt = last + 1 + behind
-        request = SimpleNamespace(request_id=name, mm_features=[feature], num_prompt_tokens=prompt)
-        self.policy.added(request, 0.0)
+        self.policy.added(SimpleNamespace(request_id=name, mm_features=[feature]), 0.0)
         self.manager.allocate_new_blocks(name, last + 1, last + 1)
 
     def compute(self, name: str, tokens: int) -> int:
@@ -231,10 +225,3 @@ def test_two_engines_of_a_process_free_their_own_holes():
     second.policy.forget(["0"])
     first.policy.forget(["0", "never seen"])
     assert not first.manager.holes and not second.manager.holes
-
-
-def test_a_prompt_that_ends_with_its_image_keeps_its_last_block():
-    core = Core()
-    core.add("0", 0, 159, behind=0)
-    assert core.compute("0", 160) == 7
-    core.policy.forget(["0"])

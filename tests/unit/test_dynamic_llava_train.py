@@ -102,6 +102,17 @@ def test_rates_settle_at_their_targets(trained, source, data):
     assert drawn.mean().item() == pytest.approx(0.6, abs=0.02)
 
 
+def test_what_is_seen_besides_counts_for_no_rate(source, data):
+    batch, found = batch_of(source, data), []
+    for share in (0.0, 1.0):
+        student = make_student(source, varied=share)
+        torch.manual_seed(1)
+        found.append(student.run(batch, temperature(1.0)))
+    drawn, besides = (one.decisions[batch.image_mask] for one in found)
+    assert torch.equal(drawn, besides)
+    assert not torch.allclose(found[0].logits, found[1].logits)
+
+
 def test_the_model_learns_although_tokens_are_missing(trained):
     steps = [line for line in read_steps(trained) if "evaluation" not in line]
     first, last = (np.mean([line["answers"] for line in part]) for part in (steps[:5], steps[-5:]))

@@ -227,7 +227,7 @@ def test_no_request_is_overtaken_more_often_than_allowed(requests, steps, max_by
     assert queue.bypasses == sum(any(overtaken(place)) for place in range(len(admitted)))
 
 
-def test_a_long_queue_ranks_no_more_than_a_step_admits():
+def test_behind_the_first_places_of_a_long_queue_nothing_is_ranked():
     most = ordering.RANKED_PER_STEP
     queue = [waiting(arrived=100.0 + i / 1e3, hit=i % 2) for i in range(4 * most)]
     found = hit_rate_order(queue, 10**6)

@@ -219,6 +219,8 @@ def test_other_options_or_weights_are_not_resumed(tmp_path):
     trainer(tmp_path, steps=2).run()
     with pytest.raises(PluginError, match=r"--resume: seed was 3 and is 4"):
         trainer(tmp_path, steps=2, seed=4).resume()
+    with pytest.raises(PluginError, match=r"--resume: share was None and is 0.5"):
+        trainer(tmp_path, steps=2, technique={"share": 0.5}).resume()
     with pytest.raises(PluginError, match=r"--resume: .* has no checkpoint"):
         trainer(tmp_path / "elsewhere").resume()
     other = Noisy()

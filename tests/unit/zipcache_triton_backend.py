@@ -23,7 +23,7 @@ from vllm_plugins.attention_backends.zipcache.cuda_backend import (
     _tiles,
 )
 from vllm_plugins.attention_backends.zipcache.page import PageFormat
-from vllm_plugins.attention_backends.zipcache.plugin import ZipCachePlugin
+from vllm_plugins.attention_backends.zipcache.plugin import ZipCacheOptions, ZipCachePlugin
 
 assert hip_kernels
 BLOCK = 32
@@ -41,7 +41,7 @@ class Backend(ZipCacheCudaBackend):
 class Packed(PackedCudaBackend):
     """Its layers, packed."""
 
-    bits, salient_ratio, key_salient_ratio = "4/2", 0.6, None
+    bits, salient_ratio, key_salient_ratio = ZipCacheOptions().shares
 
     @staticmethod
     def get_name():
@@ -95,7 +95,7 @@ def test_it_answers_as_the_cpu_backend_does(llm, on_cpu):
 
 
 def test_the_cache_holds_as_many_blocks_as_pages_fit(llm, on_cpu):
-    page = PageFormat.of(BLOCK, 32, "4/2", 0.6)
+    page = PageFormat.of(BLOCK, 32, *ZipCacheOptions().shares)
     assert worker_of(llm).model_runner.kv_caches[0].shape[-1] == page.token_bytes
     assert blocks_of(llm) == pytest.approx(on_cpu[2], rel=0.01)
 

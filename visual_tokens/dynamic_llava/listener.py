@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from vllm_plugins.engine.block_holes.plan import plan_hole
 from vllm_plugins.engine.worker_host import WorkerListener
 from vllm_plugins.visual_tokens.dynamic_llava.metrics import Meter
 
@@ -60,7 +59,8 @@ class DynamicLlavaListener(WorkerListener):
         block_size = self._config.cache_config.block_size
         tokens = _image_tokens(self._config.model_config.hf_config)
         wanted = int(tokens * self._pruning.keep_rate)
-        kept = max(plan_hole(s, s + tokens, wanted, block_size).kept for s in range(block_size))
+        spans = ((start, start + tokens) for start in range(block_size))
+        kept = max(self._pruning.plan_span(span, block_size).kept for span in spans)
         if kept > MUCH_MORE * wanted:
             logger.warning(
                 "vllm-plugins: dynamic_llava keeps up to %d of an image's %d tokens where %d are "

@@ -122,7 +122,8 @@ class Pruning:
         from vllm_plugins.engine.block_holes.plan import plan_hole
 
         start, end = span
-        return plan_hole(start, end, int((end - start) * self.keep_rate), block_size)
+        wanted = int((end - start) * self.keep_rate)
+        return plan_hole(start, end, wanted, block_size, keep_last=True)
 
 
 def pruning_of(config: VllmConfig) -> Pruning:

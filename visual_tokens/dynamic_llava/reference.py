@@ -77,8 +77,7 @@ def reference_logits(
             the wanted number, as the paper does.
         scorer: What orders image tokens.
         text_keep: Decide on answer tokens one by one.
-        prompt_tokens: Where the answer begins; needed with ``text_keep``, and with ``block_size``
-            where an image ends the prompt.
+        prompt_tokens: Where the answer begins; needed with ``text_keep``.
     """
     if prompt_tokens is None and text_keep:
         raise ValueError("prompt_tokens says where the answer begins; it is needed with text_keep")
@@ -97,7 +96,7 @@ def reference_logits(
     if keep_rate < 1 and image_features is not None and len(images):
         spans = images.view(-1, image_features.shape[1])
         scores = image_scores(predictors, scorer, hidden[0, spans])
-        kept = kept_positions(spans, scores, prompt, keep_rate, block_size, prompt_tokens)
+        kept = kept_positions(spans, scores, prompt, keep_rate, block_size)
     rows = one.upper(hidden[:, kept], kept)
     steps = [one.decode(position) for position in after.tolist()]
     logits = decoder.logits(torch.cat((rows, *(row for row, _ in steps)), dim=1)[0])
@@ -192,12 +191,7 @@ def image_scores(
 
 
 def kept_positions(
-    spans: torch.Tensor,
-    scores: torch.Tensor,
-    length: int,
-    rate: float,
-    block_size: int | None,
-    prompt_tokens: int | None = None,
+    spans: torch.Tensor, scores: torch.Tensor, length: int, rate: float, block_size: int | None
 ) -> torch.Tensor:
     """Return the positions of a prompt that the upper layers see.
 
@@ -207,7 +201,6 @@ def kept_positions(
         length: Of the prompt, or of prompt and answer, in tokens.
         rate: Share of each image's tokens to keep.
         block_size: See `reference_logits`.
-        prompt_tokens: See `reference_logits`; by default no image ends the prompt.
 
     Returns:
         Ascending, int64, shape (rows,).
@@ -218,8 +211,8 @@ def kept_positions(
     for span, ranked in zip(spans, scores, strict=True):
         selected, tail = wanted, 0
         if block_size is not None:
-            hole = plan_hole(int(span[0]), int(span[-1]) + 1, wanted, block_size)
-            hole = hole.before(prompt_tokens or -1)
+            start, end = int(span[0]), int(span[-1]) + 1
+            hole = plan_hole(start, end, wanted, block_size, keep_last=True)
             selected, tail = hole.selected, hole.tail
         head = tokens - tail
         keep[span[:head]] = False

@@ -11,7 +11,7 @@ same hidden states at layer l, and the predictor forgets the same tokens again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -40,15 +40,18 @@ class TextView(HoleView):
     Attributes:
         forgotten: Answer tokens that a request has forgotten, by its first block; int32, shape
             (blocks,).
+        prompts: Reads the length of each prompt of a step's batch.
         batch: The step's requests, as the builders left them.
     """
 
     forgotten: torch.Tensor | None = None
+    prompts: Callable[[CommonAttentionMetadata], np.ndarray] | None = None
     batch: Batch | None = None
 
     def on_kv_cache_ready(self, runner: RunnerView) -> None:
         """Make the flags and counters."""
         super().on_kv_cache_ready(runner)
+        self.prompts = runner.prompt_lengths
         [(_, flags)] = self.flags.items()
         self.forgotten = torch.zeros(len(flags), dtype=torch.int32, device=flags.device)
 

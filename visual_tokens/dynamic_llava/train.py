@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from vllm_plugins.visual_tokens.dynamic_llava.student import Student
 
 WHERE = "train dynamic_llava"
+# A run is resumed with the same. Sizes are told by the weights.
+_LASTING = ("lr", "predictor_lr", "weight", "long_answer", "varied", "image_keep_rate",
+            "text_keep_rate", "sparse_layer")  # fmt: skip
 _SIZES = {
     "sparse_layer": "decoder layer whose input the predictors read",
     "d_model": "width of the predictors",
@@ -103,7 +107,10 @@ def _train(args: argparse.Namespace, config: SparseConfig, ranks: Processes) -> 
     source = model_folder(args.model)
     samples = read_samples(args.data, args.images, images_only=True)
     trained, held_out = split_samples(samples, args.held_out, args.seed)
-    options = arguments.loop_options(args, len(trained), ranks.count)
+    options = replace(
+        arguments.loop_options(args, len(trained), ranks.count),
+        technique={name: getattr(args, name) for name in _LASTING},
+    )
     check_pictures(samples, ranks, args.device)
     student = load_student(source, config, args, options)
     trainer = _trainer(student, trained, held_out, source, args, options, ranks)

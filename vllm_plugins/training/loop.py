@@ -69,6 +69,7 @@ class LoopOptions:
         device: Such as ``cpu`` or ``cuda``.
         dtype: Of matrix products; the trained weights are float32 in any case.
         workers: Processes that prepare batches; 0 prepares them in this one.
+        technique: What else a resumed run must have in common with its beginning, as in JSON.
     """
 
     out: Path
@@ -84,6 +85,7 @@ class LoopOptions:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     workers: int = 0
+    technique: Mapping[str, Any] = field(default_factory=dict)
 
     def rate(self, step: int) -> float:
         """Return the share of the learning rate at a step, 0 being the first."""
@@ -202,6 +204,7 @@ class Trainer:
             "processes": self._ranks.count,
             "samples": len(self._samples),
             "steps": options.steps,
+            **options.technique,
         }
 
     def run(self) -> bool:

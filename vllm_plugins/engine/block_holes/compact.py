@@ -37,7 +37,7 @@ def plan_current_step(
     common = builder.hole_step
     if common is None or common.max_query_len == 1 or builder.hole_flags is None:
         return None
-    assert view.spans is not None and view.prompts is not None
+    assert view.spans is not None
     spans = view.spans(common)
     if not any(spans):
         return None
@@ -45,10 +45,7 @@ def plan_current_step(
     starts = common.query_start_loc_cpu.numpy()[: len(spans) + 1]
     # Exact for every request that still has prompt to compute, and only those have media rows.
     ends = common.seq_lens_cpu_upper_bound.numpy()[: len(spans)]
-    holes = [
-        [plan_span(span, size).before(prompt, builder.hole_split) for span in of_request]
-        for of_request, prompt in zip(spans, view.prompts(common).tolist(), strict=True)
-    ]
+    holes = [[plan_span(span, size) for span in of_request] for of_request in spans]
     return plan_step(holes, np.asarray(starts), np.asarray(ends))
 
 

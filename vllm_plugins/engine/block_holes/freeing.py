@@ -130,8 +130,7 @@ class HolePolicy(SchedulerPolicy):
             for feature in request.mm_features
             for first, last in feature.mm_position.extract_embeds_range()
         ]
-        planned = (self._plan_span(span).before(request.num_prompt_tokens) for span in spans)
-        holes = tuple(hole for hole in planned if hole.blocks)
+        holes = tuple(hole for hole in map(self._plan_span, spans) if hole.blocks)
         if holes:
             self._holes[request.request_id] = holes
             self._count()

@@ -60,19 +60,6 @@ class Hole:
         """Tokens of the span that the layers above see."""
         return self.selected + self.tail
 
-    def before(self, end: int, spared: int = 1) -> Hole:
-        """Return the hole without its last block where a prompt ends with it.
-
-        The first token of the answer is drawn from the prompt's last row, which therefore goes on.
-
-        Args:
-            end: Length of the prompt in tokens.
-            spared: Blocks to leave out, such as an attention kernel's in one of the manager's.
-        """
-        if not self.blocks or self.behind != end:
-            return self
-        return replace(self, blocks=max(0, self.blocks - spared))
-
     def in_blocks_of(self, size: int) -> Hole:
         """Return the same hole in smaller blocks, such as an attention kernel's.
 
@@ -83,20 +70,25 @@ class Hole:
         return Hole(self.start, self.end, self.first_block * split, self.blocks * split, size)
 
 
-def plan_hole(start: int, end: int, wanted: int, block_size: int) -> Hole:
+def plan_hole(start: int, end: int, wanted: int, block_size: int, keep_last: bool = False) -> Hole:
     """Plan the largest hole that leaves at least the wanted number of tokens.
 
-    At most ``block_size - 1`` tokens more than wanted are left.
+    At most ``block_size - 1`` tokens more than wanted are left, and as many again to keep the last.
 
     Args:
         start: Position of the span's first token.
         end: Position behind its last token.
         wanted: Tokens of the span to keep.
         block_size: Tokens of a block.
+        keep_last: Whether the last token stays, which a prompt may end with: from its row the
+            answer's first token is drawn. Where the prompt ends is not asked, for cached blocks
+            serve prompts that go on.
     """
     tail = end % block_size
+    if keep_last and not tail:
+        tail = block_size
     first_block = -(-(start + max(0, wanted - tail)) // block_size)
-    blocks = max(0, end // block_size - first_block)
+    blocks = max(0, (end - tail) // block_size - first_block)
     return Hole(start, end, first_block, blocks, block_size)
 
 

@@ -35,7 +35,6 @@ class HoleView:
     Attributes:
         spans: Reads the media spans of each request of a step's batch, in its order; set once the
             KV cache exists.
-        prompts: Reads the length of each prompt of a step's batch; set then too.
         builders: All of these layers. A draft model's layers have two: the runner's, and one that
             its drafter made.
         built: By the name of a layer's attention, the builder that built for it last.
@@ -46,7 +45,6 @@ class HoleView:
     """
 
     spans: Callable[[CommonAttentionMetadata], Sequence[Sequence[Span]]] | None = None
-    prompts: Callable[[CommonAttentionMetadata], np.ndarray] | None = None
     builders: list[Any] = field(default_factory=list)
     built: dict[str, Any] = field(default_factory=dict)
     flags: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -54,7 +52,7 @@ class HoleView:
 
     def on_kv_cache_ready(self, runner: RunnerView) -> None:
         """Make the flags; until then the layers see the engine's own tables."""
-        self.spans, self.prompts = runner.media_spans, runner.prompt_lengths
+        self.spans = runner.media_spans
         blocks = runner.kv_cache_config.num_blocks
         for builder in self.builders:
             builder.hole_make_flags(blocks)
