@@ -195,9 +195,6 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             return self.upper(step.positions, step.hidden, step.residual)
         source = source_rows(plan, self.scorer, step.positions, step.summed, step.entered)
         with compact_rows(self.hole_view, self.upper_names, plan):
-            if not len(source):
-                # All that the step holds lies in holes; kernels may not accept zero rows.
-                return torch.zeros_like(step.hidden)
             left = self.upper(step.positions[source], step.hidden[source], step.residual[source])
         out = torch.zeros_like(step.hidden)
         # Rows of text are their own source; what lands on other rows is not read.
