@@ -1,8 +1,6 @@
 """An encode engine beside this process and a prefill engine in it, and how they are driven."""
 
 import json
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +12,9 @@ from vision import IMAGE_TOKEN, tiny_llava
 
 import vllm_plugins
 from tests.epd_encode_server import EncoderCounter
+from tests.json_process import JsonProcess, json_process
 from tests.models import make_engine, scheduler_of, worker_of
 
-ROOT = Path(__file__).resolve().parent.parent
 ENGINE: dict[str, Any] = {
     "max_model_len": 512,
     "block_size": 32,
@@ -61,16 +59,14 @@ def prompt_of(
 class Encoder:
     """The encode engine beside this process."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        self.answer = self._read()
+    def __init__(self, process: JsonProcess) -> None:
+        self._process = process
+        self.answer = process.read()
 
     def ask(self, do: str, **order: Any) -> dict[str, Any]:
         """Send an order and return the answer."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"do": do, **order}) + "\n")
-        self.process.stdin.flush()
-        self.answer = self._read()
+        self._process.send({"do": do, **order})
+        self.answer = self._process.read()
         return self.answer
 
     def await_params(self, ids: list[str], known: dict[str, Any]) -> dict[str, Any]:
@@ -88,12 +84,6 @@ class Encoder:
         """Have images encoded; return their parameters by media id."""
         return self.ask("encode", images=images, **kwargs)["params"] or {}
 
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, "the encode engine has ended"
-        return json.loads(line)
-
 
 @contextmanager
 def encode_engine(
@@ -108,14 +98,9 @@ def encode_engine(
     """
     spec = f"epd:role=encode,arena_bytes={ARENA}" + (f",{plugin}" if plugin else "")
     options = json.dumps(ENGINE | arguments | {"plugin": spec})
-    command = [sys.executable, "-m", "tests.epd_encode_server", str(model or tiny_llava()), options]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    ) as process:
-        try:
-            yield Encoder(process)
-        finally:
-            process.kill()
+    folder = str(model or tiny_llava())
+    with json_process("tests.epd_encode_server", folder, options) as process:
+        yield Encoder(process)
 
 
 class HeldFetches:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import tests.conftest  # noqa: F401 - the environment in which every test runs
+from tests.json_process import JsonProcess, json_process
 from tests.models import make_engine, plugin_samples, scheduler_of, worker_of
 
-ROOT = Path(__file__).resolve().parent.parent
 BLOCK = 32
 # Chunks of two blocks, so that short prompts have several.
 ENGINE: dict[str, Any] = {
@@ -150,36 +149,25 @@ class Instance:
 class PrefillEngine:
     """The prefill engine beside this process."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
+    def __init__(self, process: JsonProcess) -> None:
+        self._process = process
         self.has_v2 = self.answer()["v2"]
 
     def order(self, prompt: Sequence[int], **params: Any) -> None:
         """Have a prompt prefilled and kept."""
-        assert self.process.stdin is not None
         params = {"do_remote_decode": True} | params
-        self.process.stdin.write(json.dumps({"prompt": list(prompt), "params": params}) + "\n")
-        self.process.stdin.flush()
+        self._process.send({"prompt": list(prompt), "params": params})
 
     def answer(self) -> dict[str, Any]:
         """Return the answer to the oldest order that has none."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, "the prefill engine has ended"
-        return json.loads(line)
+        return self._process.read()
 
 
 @contextmanager
 def prefill_engine(model: Path, plugin: str) -> Iterator[PrefillEngine]:
     """Run a prefill engine in a process of its own."""
-    command = [sys.executable, "-m", "tests.pd_engine", str(model), plugin]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    ) as process:
-        try:
-            yield PrefillEngine(process)
-        finally:
-            process.kill()
+    with json_process("tests.pd_engine", str(model), plugin) as process:
+        yield PrefillEngine(process)
 
 
 @contextmanager
