@@ -40,7 +40,7 @@ def packed_backend(
     backend: type[PackedPages],
     bits: str,
     salient_ratio: float,
-    key_salient_ratio: float | None = None,
+    key_salient_ratio: float | None,
 ) -> type[PackedPages]:
     """Return a backend whose pages have the format of the plug-in's options.
 
