@@ -5,11 +5,13 @@ import copy
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
 import urllib.request
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -113,7 +115,7 @@ class Pair:
     def complaints(self) -> list[str]:
         """Return what the connectors have said in the logs."""
         lines = f"{self.prefill.log}\n{self.decode.log}".splitlines()
-        return [line for line in lines if "vllm-plugins: pd:" in line]
+        return [line for line in lines if "] pd: " in line or "vllm-plugins: pd:" in line]
 
     def await_empty(self, seconds: float) -> None:
         """Wait until no block is in use or kept on either side."""
@@ -152,21 +154,27 @@ def nothing_more(server: Served, seconds: float = 15) -> Iterator[None]:
     That is: descriptors, processes, and mappings of shared memory, with a name or without.
     """
 
-    def held() -> tuple[int, int, int]:
-        parent = psutil.Process(server.process.pid)
-        tree = [parent, *parent.children(recursive=True)]
-        maps = "".join(Path(f"/proc/{one.pid}/maps").read_text() for one in tree)
-        shared = maps.count("/dev/shm/") + maps.count("/memfd:")
-        return sum(one.num_fds() for one in tree), len(tree), shared
-
-    before = held()
+    before = _held(server)
     yield
     deadline = time.monotonic() + seconds
-    left = held()
-    while any(now > then for now, then in zip(left, before, strict=True)):
-        assert time.monotonic() < deadline, f"{before} before, {left} now"
+    while more := _held(server) - before:
+        assert time.monotonic() < deadline, f"held besides {dict(before)}: {dict(more)}"
         time.sleep(0.1)
-        left = held()
+
+
+def _held(server: Served) -> Counter[str]:
+    """Count what a server's processes hold: descriptors by what they are of, and shared memory."""
+    parent = psutil.Process(server.process.pid)
+    tree = [parent, *parent.children(recursive=True)]
+    held = Counter(processes=len(tree))
+    for one in tree:
+        maps = Path(f"/proc/{one.pid}/maps").read_text()
+        held["shared memory"] += maps.count("/dev/shm/") + maps.count("/memfd:")
+        for link in Path(f"/proc/{one.pid}/fd").iterdir():
+            # One that was closed meanwhile is none.
+            with contextlib.suppress(FileNotFoundError):
+                held[re.sub(r"\d+", "N", os.readlink(link))] += 1
+    return held
 
 
 @contextlib.contextmanager

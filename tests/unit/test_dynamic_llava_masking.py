@@ -91,10 +91,10 @@ def whole(model, ids, pixels, seen=None):
 
 
 def expected_kept(scores, start, end, wanted, size):
-    """The note's formula of the hole, by itself."""
-    tail = end % size
+    """The note's formula of the hole, by itself; its tail holds the image's last row always."""
+    tail = end % size or size
     first = math.ceil((start + max(0, wanted - tail)) / size)
-    if end // size - first <= 0:
+    if (end - tail) // size - first <= 0:
         return list(range(start, end))
     chosen = scores[: end - start - tail].topk(first * size - start).indices
     return sorted(start + i for i in chosen.tolist()) + list(range(end - tail, end))

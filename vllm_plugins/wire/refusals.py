@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
     Buffer = ReadableBuffer
 
-# What the peer said before it closed is here already, or will never be.
-_LAST_WORDS_S = 0.05
+# What the peer said before it closed is here already, or will never be; a reader on a busy machine
+# may still be some time about it.
+_LAST_WORDS_S = 1.0
 
 
 def refuse(stream: FrameStream, reason: object, deadline: float) -> None:
