@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import time
+import urllib.parse
 import urllib.request
 import uuid
 from collections import Counter
@@ -163,17 +164,24 @@ def nothing_more(server: Served, seconds: float = 15) -> Iterator[None]:
 
 
 def _held(server: Served) -> Counter[str]:
-    """Count what a server's processes hold: descriptors by what they are of, and shared memory."""
+    """Count what a server's processes hold: descriptors by what they are of, and shared memory.
+
+    Connections of HTTP are left out: how long they stay open is their clients' affair.
+    """
+    port = urllib.parse.urlsplit(server.url).port
     parent = psutil.Process(server.process.pid)
     tree = [parent, *parent.children(recursive=True)]
     held = Counter(processes=len(tree))
     for one in tree:
         maps = Path(f"/proc/{one.pid}/maps").read_text()
         held["shared memory"] += maps.count("/dev/shm/") + maps.count("/memfd:")
+        http = {it.fd for it in one.net_connections("tcp") if it.laddr.port == port}
         for link in Path(f"/proc/{one.pid}/fd").iterdir():
             # One that was closed meanwhile is none.
             with contextlib.suppress(FileNotFoundError):
-                held[re.sub(r"\d+", "N", os.readlink(link))] += 1
+                target = str(link.readlink())
+                if int(link.name) not in http:
+                    held[re.sub(r"\d+", "N", target)] += 1
     return held
 
 

@@ -1,4 +1,4 @@
-"""Tiny random vision-language models: a LLaVA, and a Qwen2-VL for requests with metadata alone.
+"""Tiny random vision-language models: a LLaVA, and Qwen-VLs, whose positions are M-RoPE's.
 
     python examples/models/vision.py
 
@@ -6,7 +6,6 @@ makes the LLaVA and prints its folder. Weights are random, so any wrong, missing
 embedding changes the tokens.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +47,20 @@ def tiny_llava(
     )
 
 
-def tiny_qwen2_vl() -> Path:
-    """Return a tiny random Qwen2-VL, whose consumers accept images as metadata alone."""
-    return build_once(CACHE / "tiny-qwen2-vl", {"format": FORMAT}, _build_qwen2_vl)
+def tiny_qwen_vl(family: str = "qwen2_vl", layers: int = 2, vocab: int = VOCAB) -> Path:
+    """Return a tiny random Qwen-VL, whose consumers accept images as metadata alone.
+
+    Args:
+        family: One of `QWEN_FAMILIES`.
+        layers: Of the language model.
+        vocab: Token ids; word `t7` is token 7, and 3 to 6 stand for parts of images and videos.
+    """
+    shape: dict[str, Any] = {"family": family, "layers": layers, "vocab": vocab}
+    return build_once(
+        CACHE / f"tiny-{family.replace('_', '-')}-{layers}-{vocab}",
+        {"format": FORMAT, **shape},
+        lambda folder: _build_qwen_vl(folder, **shape),
+    )
 
 
 def _build_llava(
@@ -128,33 +138,62 @@ def _save_llava_processor(tokenizer: Any, folder: Path, size: int) -> None:
 QWEN_IMAGE, QWEN_START, QWEN_END, QWEN_VIDEO = 3, 4, 5, 6
 
 
-def _build_qwen2_vl(folder: Path) -> None:
-    import torch
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+# Beside what all share: the tower, and how sections of a key are rotated by time, height and width.
+QWEN_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {
+        "name": "Qwen2VL",
+        "rope": {"rope_type": "default", "mrope_section": [4, 6, 6]},
+        "tower": {"embed_dim": 64, "hidden_size": WIDTH},
+    },
+    "qwen2_5_vl": {
+        "name": "Qwen2_5_VL",
+        "rope": {"rope_type": "default", "mrope_section": [4, 6, 6]},
+        "tower": {"hidden_size": 64, "out_hidden_size": WIDTH, "intermediate_size": 128},
+    },
+    "qwen3_vl": {
+        "name": "Qwen3VL",
+        "rope": {"rope_type": "default", "mrope_section": [6, 5, 5], "mrope_interleaved": True},
+        "tower": {
+            "hidden_size": 64,
+            "out_hidden_size": WIDTH,
+            "intermediate_size": 128,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        },
+    },
+}
 
-    config = Qwen2VLConfig(
+
+def _build_qwen_vl(folder: Path, family: str, layers: int, vocab: int) -> None:
+    import torch
+    import transformers
+
+    described = QWEN_FAMILIES[family]
+    name = described["name"]
+    config = getattr(transformers, f"{name}Config")(
         text_config={
-            "vocab_size": VOCAB,
+            "vocab_size": vocab,
             "hidden_size": WIDTH,
             "intermediate_size": 256,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": layers,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
+            "head_dim": WIDTH // 4,
             "max_position_embeddings": 1024,
-            "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+            "rope_parameters": {"rope_theta": 10000.0, **described["rope"]},
             "bos_token_id": 1,
             "eos_token_id": 2,
             "pad_token_id": 0,
         },
-        vision_config={"depth": 2, "embed_dim": 64, "hidden_size": WIDTH, "num_heads": 2},
+        vision_config={"depth": 2, "num_heads": 2, **described["tower"]},
         image_token_id=QWEN_IMAGE,
         vision_start_token_id=QWEN_START,
         vision_end_token_id=QWEN_END,
         video_token_id=QWEN_VIDEO,
     )
-    config.architectures = ["Qwen2VLForConditionalGeneration"]
+    config.architectures = [f"{name}ForConditionalGeneration"]
     torch.manual_seed(0)
-    model = Qwen2VLForConditionalGeneration(config)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
     _spread(model)
     config.save_pretrained(folder)
     _save(model, folder)
@@ -164,17 +203,22 @@ def _build_qwen2_vl(folder: Path) -> None:
         "<|vision_end|>": QWEN_END,
         "<|video_pad|>": QWEN_VIDEO,
     }
-    _tokenizer(names).save_pretrained(folder)
-    _save_qwen_processor(folder)
+    tokenizer = _tokenizer(names, vocab)
+    tokenizer.save_pretrained(folder)
+    _save_qwen_processor(folder, name, tokenizer, model.config.vision_config.patch_size)
 
 
-def _save_qwen_processor(folder: Path) -> None:
-    from transformers import Qwen2VLImageProcessor
+def _save_qwen_processor(folder: Path, name: str, tokenizer: Any, patch_size: int) -> None:
+    import transformers
 
-    Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=112 * 112).save_pretrained(folder)
-    described = json.loads((folder / "preprocessor_config.json").read_text())
-    described["processor_class"] = "Qwen2VLProcessor"
-    (folder / "preprocessor_config.json").write_text(json.dumps(described, indent=1))
+    pixels = {"min_pixels": 56 * 56, "max_pixels": 112 * 112, "patch_size": patch_size}
+    images = transformers.Qwen2VLImageProcessor(**pixels)
+    videos_of = "Qwen3VLVideoProcessor" if name == "Qwen3VL" else "Qwen2VLVideoProcessor"
+    videos = getattr(transformers, videos_of)(patch_size=patch_size)
+    processor = getattr(transformers, f"{name}Processor")(
+        image_processor=images, tokenizer=tokenizer, video_processor=videos
+    )
+    processor.save_pretrained(folder)
 
 
 def _spread(model: Any) -> None:
@@ -200,12 +244,12 @@ def _save(model: Any, folder: Path, rename: tuple[str, str] = ("", "")) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _tokenizer(special: dict[str, int]) -> Any:
+def _tokenizer(special: dict[str, int], vocab: int = VOCAB) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | special
-    words |= {f"t{i}": i for i in range(VOCAB) if i not in words.values()}
+    words |= {f"t{i}": i for i in range(vocab) if i not in words.values()}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     template = (

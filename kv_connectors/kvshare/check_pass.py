@@ -60,7 +60,7 @@ class CheckForward(PartialForward):
         module = self._stack.layers[layer]
         hook = module.self_attn.attn.register_forward_pre_hook(_stop)
         try:
-            module(self._tensor(rows.positions), *self._inputs([rows]))
+            module(self._positions([rows]), *self._inputs([rows]))
         except _AttentionReached as reached:
             _, keys, values = reached.inputs
             return keys, values

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_plugins.kv_connectors.kvshare.request_state import NO_HIT, Hit
+from vllm_plugins.kv_connectors.kvshare.request_state import NO_HIT, Hit, is_mixed
 from vllm_plugins.kv_connectors.kvshare.work import PROJECTION, PassSize
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Offers:
             last = min(len(state.tokens), state.request.num_tokens - 1)
             end = last // self._block * self._block
             if end - computed < self._options.min_reuse:
-                return "short"
+                return "media" if is_mixed(state.request) else "short"
             known = self._planner.plan(state.domain, state.tokens, computed, end)
             exact_only = self._options.mode == "exact_only"
             known = state.planned = known.shortened(self._block, exact_only)
@@ -125,5 +125,5 @@ class Offers:
         plan = self._planner.plan(state.domain, state.tokens, 0, count)
         offer = plan.shortened(self._block, self._options.mode == "exact_only")
         saved = 0.0 if self._objection(offer) else offer.end - offer.start - self._work(offer)
-        state.hit = Hit(plan.reused / max(count, 1), max(saved, 0.0))
+        state.hit = Hit(plan.reused / max(state.request.num_prompt_tokens, 1), max(saved, 0.0))
         return count

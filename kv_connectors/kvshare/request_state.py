@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vllm_plugins.kv_connectors.kvshare.segments import as_tokens
+
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
@@ -36,7 +38,7 @@ class RequestState:
 
     Attributes:
         request: vLLM's own object.
-        tokens: Its prompt, int32, shape (n,); empty where token ids do not say what its KV is.
+        tokens: Its prompt as far as token ids say what its KV is (`text_of`), int32, shape (n,).
         domain: Digest of the tenant domain; None where it shares with nobody.
         refusal: Why the last look-up promised nothing; None where it did, or once that is counted.
         planned: The last plan, whether or not it was carried out.
@@ -71,7 +73,7 @@ class RequestState:
     @property
     def barred(self) -> Refusal | None:
         """Why stored KV may not serve it, whatever is stored; None where it may."""
-        if is_mixed(self.request):
+        if len(self.tokens) == 0:
             return "media"
         if self.order is not None:
             return "operator"
@@ -88,15 +90,33 @@ class RequestState:
         """Whether its KV may be stored, once complete."""
         if self.order is not None:
             return self.order.do == "register"
-        if is_mixed(self.request):
-            return False
-        return self.domain is not None and wants(self.request, "store")
+        return len(self.tokens) > 0 and self.domain is not None and wants(self.request, "store")
+
+    @property
+    def may_refresh(self) -> bool:
+        """Whether what it reuses may be computed again while it decodes."""
+        # After a preemption, what the prefix cache gives back is not told apart. Behind an image,
+        # a token's index is not the position by which M-RoPE rotated the query that looks.
+        return not self.request.num_preemptions and not is_mixed(self.request)
 
 
 def is_mixed(request: Request) -> bool:
-    """Whether a prompt has images or embeddings, so that token ids do not say what its KV is."""
+    """Whether a prompt has images or embeddings, so that not all its KV follows from token ids."""
     embedded = request.prompt_embeds is not None or request.prompt_token_ids is None
     return embedded or bool(request.mm_features)
+
+
+def text_of(request: Request) -> Tokens:
+    """Return the part of a prompt whose KV follows from its token ids, int32, shape (n,).
+
+    That is what stands before its first image: behind it KV is the image's, and with M-RoPE its
+    positions are others as well. Of a prompt with embeddings it is nothing.
+    """
+    if request.prompt_embeds is not None or request.prompt_token_ids is None:
+        return as_tokens(())
+    tokens = as_tokens(request.prompt_token_ids)
+    first = min((m.mm_position.offset for m in request.mm_features), default=len(tokens))
+    return tokens[:first]
 
 
 def wants(request: Request, what: str) -> bool:

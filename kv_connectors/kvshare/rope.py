@@ -5,6 +5,10 @@ turned by row q, in one complex product in float32, and rounded once. Taking bot
 table serves every kind of RoPE whose angle depends on the position alone, scaled ones included: a
 row's length, such as YaRN's magnitude factor, divides out and comes back. A key that does not move
 stays as it is.
+
+M-RoPE takes sections of a key, side by side or interleaved, from the rows of time, height and
+width. What is moved is text with no image before it, whose three positions are one number, at the
+old place and at the new one: so all sections are from one row, and are moved by it.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import torch
 from vllm_plugins.errors import PluginError
 
 # Kinds whose table holds for all requests and positions alike. Others choose a table by the length
-# of the request, or rotate by more than one position.
+# of the request.
 KINDS = frozenset(
     {
         "RotaryEmbedding",
@@ -26,6 +30,7 @@ KINDS = frozenset(
         "YaRNScalingRotaryEmbedding",
         "DynamicNTKScalingRotaryEmbedding",
         "DynamicNTKAlphaRotaryEmbedding",
+        "MRotaryEmbedding",
     }
 )
 
@@ -47,7 +52,7 @@ class PositionShift:
             raise PluginError(
                 "--plugin kvshare",
                 f"cannot move keys that were rotated by {kind}",
-                "use a model with plain, linear, NTK, Llama-3 or YaRN position embedding",
+                "use a model with plain, linear, NTK, Llama-3, YaRN or M-RoPE position embedding",
             )
         half = rotary.rotary_dim // 2
         table = rotary.cos_sin_cache.float()

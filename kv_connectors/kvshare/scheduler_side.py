@@ -21,8 +21,13 @@ from vllm_plugins.kv_connectors.kvshare.index import SegmentIndex, Stored
 from vllm_plugins.kv_connectors.kvshare.offers import EngineShape, Offers
 from vllm_plugins.kv_connectors.kvshare.operator_desk import OperatorDesk, operator_orders
 from vllm_plugins.kv_connectors.kvshare.planner import Plan, Planner
-from vllm_plugins.kv_connectors.kvshare.request_state import NO_HIT, Hit, RequestState, is_mixed
-from vllm_plugins.kv_connectors.kvshare.segments import as_tokens
+from vllm_plugins.kv_connectors.kvshare.request_state import (
+    NO_HIT,
+    Hit,
+    RequestState,
+    is_mixed,
+    text_of,
+)
 from vllm_plugins.kv_connectors.kvshare.tally import Tally
 from vllm_plugins.kv_connectors.kvshare.transfer import (
     Label,
@@ -151,11 +156,9 @@ class SchedulerSide:
     def _state(self, request: Request) -> RequestState:
         state = self._states.get(request.request_id)
         if state is None:
-            mixed = is_mixed(request)
-            tokens = as_tokens(() if mixed else request.prompt_token_ids or ())
-            state = RequestState(request, tokens, self.domain(request))
+            state = RequestState(request, text_of(request), self.domain(request))
             self._states[request.request_id] = state
-            if not mixed:
+            if not is_mixed(request):
                 self._take_order(state)
         return state
 
@@ -186,8 +189,7 @@ class SchedulerSide:
         self.index.pin(plan.segments)
         state.pinned, state.used, state.loading = plan.segments, plan, True
         exact = plan.is_exact
-        # Not again after a preemption: what the prefix cache gives back then is not told apart.
-        looked_at = not exact and not request.num_preemptions and self._options.decode_interval
+        looked_at = not exact and state.may_refresh and self._options.decode_interval
         state.refreshed = 0 if looked_at else None
         if not exact:
             self._taint(request, min(plan.exact_prefix_end, plan.end))

@@ -31,7 +31,8 @@ CAUSES: dict[Refusal, str] = {
     "may be why",
     "not_worth": "gaps, recompute_max and the passes that few --max-num-seqs make of it leave less "
     "than a tenth of the work to save",
-    "media": "prompts have images or embeddings, whose KV is not told from token ids",
+    "media": "before their first image prompts have less than min_reuse tokens, or they have "
+    "embeddings; KV of these and of what is behind them is not told from token ids",
     "unsigned": "requests name no tenant, or come by a way that passes the front door",
     "full_prefill": "requests ask for a full prefill, as log-probabilities of the prompt do",
     "failed": "stored KV was lost or not read in time; see the warnings above",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
+from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.model_executor.layers.attention.attention import unified_kv_cache_update
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -162,8 +163,12 @@ class SpecVlmModel(nn.Module):
         return self.decoder.layers
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings of tokens, shape (rows, hidden)."""
-        return self.embed_tokens(input_ids)
+        """Return the embeddings of tokens, shape (rows, hidden), as they are without an adapter."""
+        lent = self.embed_tokens
+        if isinstance(lent, BaseLayerWithLoRA):
+            # V1 lends it with the adapters, which are mapped to the rows of the target's step.
+            lent = lent.base_layer
+        return lent(input_ids)
 
     def forward(
         self,
@@ -292,7 +297,7 @@ class SpecVlmDrafter(EagleLlamaForCausalLM, SupportsMultiModalEmbeddings):
             multimodal_embeddings: Of the images among them.
             is_multimodal: Which rows these are; bool on the host, shape (rows,).
         """
-        embeddings = self.model.embed_tokens(input_ids)
+        embeddings = self.model.embed_input_ids(input_ids)
         self._has_images = bool(multimodal_embeddings)
         if not multimodal_embeddings:
             return embeddings
@@ -309,7 +314,7 @@ class SpecVlmDrafter(EagleLlamaForCausalLM, SupportsMultiModalEmbeddings):
         """Return the rows' predicted features, once for the logits and once for the next step."""
         if inputs_embeds is None:
             assert input_ids is not None
-            inputs_embeds = self.model.embed_tokens(input_ids)
+            inputs_embeds = self.model.embed_input_ids(input_ids)
         has_images, self._has_images = self._has_images, False
         drafted = self.model(positions, inputs_embeds, hidden_states, has_images)
         return drafted, drafted

@@ -17,7 +17,7 @@ from vllm_plugins.spec_decode.specvlm.settings import (
 )
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
+    from vllm.config import LoRAConfig, ModelConfig, SpeculativeConfig, VllmConfig
 
     from vllm_plugins.arguments import EngineArguments
     from vllm_plugins.spec_decode.specvlm.listener import SpecVlmListener
@@ -234,6 +234,14 @@ def _is_plain_eagle(speculative: SpeculativeConfig) -> bool:
     return speculative.method == "eagle" and not other
 
 
+def _may_adapt_head(lora: LoRAConfig | None) -> bool:
+    """Return whether vLLM would apply an adapter's part for the head."""
+    if lora is None:
+        return False
+    modules = lora.target_modules
+    return modules is None or any(name.endswith("lm_head") for name in modules)
+
+
 def _unsupported(config: VllmConfig) -> list[tuple[str, str, str]]:
     """Return what the engine's configuration has that SpecVLM cannot serve."""
     parallel, speculative = config.parallel_config, config.speculative_config
@@ -281,6 +289,15 @@ def _unsupported(config: VllmConfig) -> list[tuple[str, str, str]]:
         (
             config.cache_config.kv_sharing_fast_prefill,
             ("--kv-sharing-fast-prefill", "it drops the drafter's prompt rows", "drop it"),
+        ),
+        (
+            config.use_v2_model_runner and _may_adapt_head(config.lora_config),
+            (
+                "--enable-lora",
+                "model runner V2 maps an adapter of lm_head to one row of a request, and drafts "
+                "have more",
+                "set --lora-target-modules without lm_head",
+            ),
         ),
     ]
     return [problem for applies, problem in found if applies]

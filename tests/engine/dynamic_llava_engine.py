@@ -1,6 +1,8 @@
 """A tiny LLaVA in the engine with image tokens dropped, and the same in plain torch."""
 
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -222,13 +224,25 @@ def reference(
 
 def worst(output: Any, expected: Any) -> float:
     """Return the largest difference of a log-probability from the reference's."""
+    return max(abs(x) for step in _differences(output, expected) for x in step)
+
+
+def worst_of_allowed(output: Any, expected: Any) -> float:
+    """Return the largest difference of two tokens' log-probabilities from that in the reference.
+
+    Of those that a grammar allows: it leaves the others with none, and these with more.
+    """
+    allowed = [[x for x in step if x > -math.inf] for step in _differences(output, expected)]
+    return max(max(step) - min(step) for step in allowed)
+
+
+def _differences(output: Any, expected: Any) -> Iterator[list[float]]:
+    """Yield what each step of an answer gives of log-probabilities, less the reference's."""
     wanted = expected.logits.log_softmax(-1)
-    prompt, difference = len(output.prompt_token_ids), 0.0
+    prompt = len(output.prompt_token_ids)
     for step, given in enumerate(output.outputs[0].logprobs):
         [row] = (expected.kept == prompt - 1 + step).nonzero()
-        for token, value in given.items():
-            difference = max(difference, abs(value.logprob - float(wanted[row, token])))
-    return difference
+        yield [value.logprob - float(wanted[row, token]) for token, value in given.items()]
 
 
 def assert_equal(asks: list[Ask], outputs: list[Any], **options: Any) -> None:

@@ -99,10 +99,10 @@ class Served:
 
 
 @contextmanager
-def served(spec, **arguments):
+def served(spec, model=None, **arguments):
     """An engine with plug-ins, named as behind `--plugin` on a command line."""
     extra = vllm_plugins.engine_args(*spec.split()) if spec else {}
-    with make_engine(tiny_llama(layers=4), **ENGINE | arguments, **extra) as llm:
+    with make_engine(model or tiny_llama(layers=4), **ENGINE | arguments, **extra) as llm:
         yield Served(llm) if spec else llm
 
 

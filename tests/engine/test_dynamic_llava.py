@@ -13,6 +13,7 @@ from tests.engine.dynamic_llava_engine import (
     PIXELS,
     RATE,
     TOKENS,
+    TOLERANCE,
     Ask,
     answers,
     assert_equal,
@@ -23,9 +24,12 @@ from tests.engine.dynamic_llava_engine import (
     predictors_of,
     pruned,
     reference,
+    sampling,
     with_predictors,
     worst,
+    worst_of_allowed,
 )
+from tests.engine.grammars import KINDS, assert_follows, constrained, json_words
 from tests.models import make_engine, plugin_samples, scheduler_of, worker_of
 
 pytestmark = pytest.mark.engine
@@ -53,7 +57,7 @@ def stock():
 
 @pytest.fixture(scope="module")
 def llm(stock):
-    with pruned() as engine:
+    with pruned(tokenizer=str(json_words())) as engine:
         yield engine
 
 
@@ -201,6 +205,19 @@ def test_a_step_that_begins_in_a_hole(llm):
     # Hidden, but of no image from which some tokens were chosen.
     assert tally(llm).hidden - before["hidden"] == 2
     assert tally(llm).dropped == before["dropped"]
+    assert_idle(llm)
+
+
+def test_structured_outputs_beside_others(llm):
+    """Answers follow their grammars, and what these leave of logits is the reference's."""
+    asks = MIXED * 2
+    kinds = [KINDS[i % 4] for i in range(len(asks))]
+    params = [constrained(sampling(60), kind) for kind in kinds]
+    outputs = llm.generate([ask.prompt for ask in asks], params, use_tqdm=False)
+    for ask, kind, output in zip(asks, kinds, outputs, strict=True):
+        assert_follows(output, kind)
+        found = worst if kind is None else worst_of_allowed
+        assert found(output, reference(ask, output)) < TOLERANCE
     assert_idle(llm)
 
 

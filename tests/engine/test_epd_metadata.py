@@ -4,7 +4,7 @@ One colocated engine is both servers: it publishes an image, and then serves it 
 """
 
 import pytest
-from vision import QWEN_END, QWEN_IMAGE, QWEN_START, tiny_qwen2_vl
+from vision import QWEN_END, QWEN_IMAGE, QWEN_START, tiny_qwen_vl
 
 from tests.epd_engine import image, prefill_engine
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def both():
-    with prefill_engine(model=tiny_qwen2_vl(), role="colocated") as both:
+    with prefill_engine(model=tiny_qwen_vl(), role="colocated") as both:
         yield both
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from vision import QWEN_FAMILIES, tiny_qwen_vl
 
 from tests.models import make_engine, tiny_llama, worker_of
 
@@ -50,7 +51,8 @@ class Prefilled:
         from vllm_plugins.engine.kv_pages import KVPages
         from vllm_plugins.engine.partial_forward import PartialForward, Rows, slot_mapping
 
-        self.worker, self.rows, self.slot_mapping = worker_of(llm), Rows, slot_mapping
+        self.llm, self.worker = llm, worker_of(llm)
+        self.rows, self.slot_mapping = Rows, slot_mapping
         self.recorder = recorder()
         self.worker.plugin_listeners.append(self.recorder)
         greedy(llm, PROMPTS, tokens=1)
@@ -89,14 +91,25 @@ class Prefilled:
         ("qwen2", 32, "float32"),
         ("qwen3", 64, "float32"),
         ("llama", 32, "bfloat16"),
+        ("qwen2_vl", 32, "float32"),
+        ("qwen2_5_vl", 32, "float32"),
+        ("qwen3_vl", 32, "float32"),
     ],
     ids=lambda p: f"{p[0]}-block{p[1]}-{p[2]}",
 )
 def prefilled(request):
     family, block_size, dtype = request.param
-    model = tiny_llama(family=family, layers=4)
+    if family in QWEN_FAMILIES:
+        model = tiny_qwen_vl(family, layers=4, vocab=512)
+    else:
+        model = tiny_llama(family=family, layers=4)
     with make_engine(
-        model, worker_cls=WORKER, block_size=block_size, max_num_seqs=8, dtype=dtype
+        model,
+        worker_cls=WORKER,
+        block_size=block_size,
+        max_num_seqs=8,
+        dtype=dtype,
+        max_model_len=1024,
     ) as llm:
         yield Prefilled(llm, layers=4)
 
@@ -130,6 +143,20 @@ def test_the_cache_reads_back_what_was_written(prefilled):
     assert torch.equal(swapped[1], keys)
     prefilled.pages.write(2, keys, values, prefilled.slots(part))
     prefilled.forward.run([part], range(4))
+
+
+def test_layers_are_given_positions_in_vllms_own_form(prefilled):
+    prompt, seen = [9 * i % 490 for i in range(64)], []
+    [layer, *_] = prefilled.forward._stack.layers
+    hook = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+    greedy(prefilled.llm, [prompt], tokens=1)
+    prefilled.forward.run([prefilled.part(prompt, range(64))], range(1))
+    hook.remove()
+    [stock, ours] = seen
+    # A step may be padded.
+    assert torch.equal(stock[..., :64], ours)
+    mrope = prefilled.worker.plugin_view().config.model_config.uses_mrope
+    assert ours.shape == ((3, 64) if mrope else (64,))
 
 
 def test_scattered_rows_of_several_requests_are_restored_bit_for_bit(prefilled):

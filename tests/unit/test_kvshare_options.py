@@ -309,7 +309,9 @@ def test_other_architectures_are_refused(config):
     changed.model_config.model_arch_config.architectures = ["GemmaForCausalLM"]
     message = (
         "--plugin kvshare: cannot run the layers of GemmaForCausalLM one by one; use a model of "
-        "type LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
+        "type LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, "
+        "Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration, Qwen3ForCausalLM, "
+        "Qwen3VLForConditionalGeneration"
     )
     assert check(changed) == message
     with pytest.raises(PluginError) as caught:

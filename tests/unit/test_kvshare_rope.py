@@ -7,6 +7,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.rotary_embedding.mrope import apply_interleaved_rope
 
 from vllm_plugins.errors import PluginError
 from vllm_plugins.kv_connectors.kvshare.rope import PositionShift
@@ -30,6 +31,19 @@ SCALINGS = {
     "yarn": {
         "rope_type": "yarn",
         "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 1024,
+    },
+}
+
+
+# Sections of a key that time, height and width rotate; side by side, or by turns.
+MROPE = {
+    "sections": {"rope_type": "default", "mrope_section": [8, 12, 12]},
+    "by turns": {"rope_type": "default", "mrope_section": [12, 10, 10], "mrope_interleaved": True},
+    "yarn": {
+        "rope_type": "yarn",
+        "mrope_section": [8, 12, 12],
         "factor": 4.0,
         "original_max_position_embeddings": 1024,
     },
@@ -63,6 +77,53 @@ def test_a_moved_key_equals_one_rotated_there(kind, neox):
     keys, source, target = draw(200)
     moved = PositionShift(module)(rotate(module, keys, source), source, target)
     assert torch.allclose(moved, rotate(module, keys, target), atol=2e-6, rtol=0)
+
+
+def exactly_rotated(module, keys, positions, neox):
+    """Keys in float64, each pair turned by its section's position times its frequency."""
+    half, (axes, count) = HEAD // 2, positions.shape
+    # YaRN's frequencies follow from its scale.
+    frequencies = module._compute_inv_freq(module.scaling_factor or module.base).double()
+    # From the module's own rule of which axis rotates a pair: rotate by an axis' number.
+    if module.mrope_interleaved:
+        axis = apply_interleaved_rope(
+            torch.arange(axes).view(axes, 1, 1).expand(-1, 1, half), module.mrope_section
+        )[0]
+    else:
+        axis = torch.arange(axes).repeat_interleave(torch.tensor(module.mrope_section))
+    angles = positions.double()[axis].T * frequencies
+    turn = torch.polar(torch.full_like(angles, module.mscale), angles)[:, None]
+    pairs = keys.double()
+    pairs = (
+        pairs.view(count, HEADS, 2, half).transpose(2, 3)
+        if neox
+        else pairs.view(count, HEADS, half, 2)
+    )
+    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
+    return (turned.transpose(2, 3) if neox else turned).reshape(keys.shape)
+
+
+@pytest.mark.parametrize("neox", [True, False], ids=["neox", "gptj"])
+@pytest.mark.parametrize("kind", MROPE)
+def test_a_moved_key_of_text_is_rotated_by_all_axes_of_its_new_place(kind, neox):
+    """Up to a prompt's first image time, height and width count its tokens."""
+    module = rotary(MROPE[kind] | {"rope_theta": 10000.0}, neox)
+    keys, source, target = draw(200)
+    at = rotate(module, keys, source.expand(3, -1))
+    moved = PositionShift(module)(at, source, target)
+    assert torch.allclose(moved, rotate(module, keys, target.expand(3, -1)), atol=3e-6, rtol=0)
+    there = exactly_rotated(module, keys, target.expand(3, -1), neox)
+    # The table's own rounding of an angle up to 4096 in float32 is 2.4e-4.
+    assert torch.allclose(moved.double(), there, atol=2e-3, rtol=0)
+    # What the oracle is to tell apart: axes that differ, as those of an image do.
+    apart = torch.stack((source, target, source))
+    assert torch.allclose(
+        rotate(module, keys, apart).double(),
+        exactly_rotated(module, keys, apart, neox),
+        atol=2e-3,
+        rtol=0,
+    )
+    assert not torch.allclose(moved.double(), exactly_rotated(module, keys, apart, neox), atol=1e-2)
 
 
 def test_in_bfloat16_it_costs_one_more_rounding():
@@ -103,6 +164,6 @@ def test_other_kinds_are_refused():
         PositionShift(Phi3LongRoPEScaledRotaryEmbedding())
     assert str(caught.value) == (
         "--plugin kvshare: cannot move keys that were rotated by "
-        "Phi3LongRoPEScaledRotaryEmbedding; use a model with plain, linear, NTK, Llama-3 or YaRN "
-        "position embedding"
+        "Phi3LongRoPEScaledRotaryEmbedding; use a model with plain, linear, NTK, Llama-3, "
+        "YaRN or M-RoPE position embedding"
     )

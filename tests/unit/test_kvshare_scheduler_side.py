@@ -141,25 +141,40 @@ def test_who_names_no_tenant_is_refused(tmp_path):
     assert len(server.side.index) == 0
 
 
-@pytest.mark.parametrize("kind", ["image", "embeddings"])
-def test_a_prompt_that_is_not_all_text_is_left_alone(server, kind):
-    """Equal token ids stand for another image: they say nothing of the KV from there on."""
-    document = server.text(400)
+def test_a_prompt_of_embeddings_is_left_alone(server):
+    """Nothing names what its KV is of."""
 
-    def mixed():
-        if kind == "image":
-            return server.request(document, mm_features=[image(100, 50)])
+    def embedded():
         return server.request(None, prompt_embeds=torch.zeros(400, 8))
 
-    server.serve(mixed())
+    for _ in range(2):
+        assert server.serve(embedded()) == 0
     assert len(server.side.index) == 0
-    server.serve(server.request(document))
-    assert len(server.side.index) > 0
-    used = server.side.index.used
-    assert server.serve(mixed()) == 0
-    assert server.side.index.used == used
-    assert server.counts.refusals() == {"media": 2, "unknown": 1}
-    assert server.side.hits([mixed()], 1000) == [NO_HIT]
+    assert server.counts.refusals() == {"media": 2}
+    assert server.side.hits([embedded()], 1000) == [NO_HIT]
+
+
+def test_of_a_prompt_with_images_the_text_before_the_first_is_stored_and_reused(server):
+    """Equal token ids stand for another image: they say nothing of the KV from there on."""
+    document = server.text(600)
+    features = [image(450, 20), image(300, 50)]
+    server.serve(server.request(document, mm_features=features))
+    assert 0 < server.side.index.used <= 300
+    # A prompt without images, and one with others.
+    for other in ([], [image(300, 50)], [image(310, 8)]):
+        request = server.request([*server.text(5), *document], mm_features=other)
+        # A block that a run ends in is computed to its end, if its tokens are text.
+        first = other[0].mm_position.offset if other else 305 + BLOCK
+        assert 200 < server.admit(request) <= first
+        # All that was reused has been computed behind other text.
+        assert (server.side._states[request.request_id].refreshed is None) == bool(other)
+        server.load(request, recomputed={request.request_id: 0})
+        server.side.ended(request)
+    early = server.request(document, mm_features=[image(40, 20)])
+    assert server.serve(early) == 0
+    assert server.counts.refusals() == {"unknown": 1, "media": 1}
+    [hit] = server.side.hits([server.request(document, mm_features=features)], 1000)
+    assert 0.4 < hit.share <= 0.5
 
 
 @pytest.mark.parametrize(("max_runs", "pays"), [(256, True), (4, False)])

@@ -139,6 +139,26 @@ def test_settings_that_it_cannot_serve_are_refused(config, part, name, value, me
     assert said.startswith(f"--plugin specvlm with {message}")
 
 
+@pytest.mark.parametrize(
+    ("runner", "modules", "refused"),
+    [
+        ("1", None, True),
+        ("1", ["q_proj", "lm_head"], True),
+        ("1", ["q_proj", "embed_tokens"], False),
+        ("0", None, False),
+    ],
+)
+def test_adapters_of_the_head_are_refused_on_v2(config, monkeypatch, runner, modules, refused):
+    from vllm.config import LoRAConfig
+
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    said = check(changed(config, "", "lora_config", LoRAConfig(target_modules=modules)))
+    assert said == refused * (
+        "--plugin specvlm with --enable-lora: model runner V2 maps an adapter of lm_head to one "
+        "row of a request, and drafts have more; set --lora-target-modules without lm_head"
+    )
+
+
 def test_an_encoder_cache_for_one_image_is_refused_where_prompts_have_several(config):
     small = changed(config, "scheduler_config", "encoder_cache_size", 300)
     assert check(small) == (

@@ -49,6 +49,7 @@ REGISTRATION = (
         "get_vocab_size", "What is refused.", PLUGIN),
     method("vllm.config:ModelConfig.get_num_layers", "parallel_config",
            "The drafter's layers are numbered after the target's.", MODEL),
+    has("vllm.config:LoRAConfig", "target_modules", "What is refused.", PLUGIN),
 )  # fmt: skip
 
 DRAFTER = (
@@ -86,6 +87,10 @@ DRAFTER = (
     is_class(f"{_LAYERS}.logits_processor:LogitsProcessor", "Draft logits.", MODEL),
     is_class(f"{_LAYERS}.vocab_parallel_embedding:VocabParallelEmbedding",
              "Stands where the target's embedding is put.", MODEL),
+    is_class("vllm.lora.layers.base:BaseLayerWithLoRA",
+             "The target's embedding where it has adapters.", MODEL),
+    has("vllm.lora.layers.vocab_parallel_embedding:VocabParallelEmbeddingWithLoRA", "base_layer",
+        "The target's embedding without its adapters.", MODEL),
 )  # fmt: skip
 
 STEP = (

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from vllm_plugins.compat.behaviours import expect
@@ -26,6 +27,11 @@ ATTENTIONS = (
 )
 # A LlamaAttention with a forward of its own.
 MISTRAL_ATTENTION = "vllm.model_executor.models.mistral:MistralAttention"
+MROPE_MODELS = (
+    "vllm.model_executor.models.qwen2_vl:Qwen2VLForConditionalGeneration",
+    "vllm.model_executor.models.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration",
+    "vllm.model_executor.models.qwen3_vl:Qwen3VLForConditionalGeneration",
+)
 CONNECTOR_HOSTS = (
     "vllm.v1.worker.kv_connector_model_runner_mixin",
     "vllm.v1.worker.gpu.kv_connector",
@@ -112,6 +118,27 @@ def attention_is_called_with_queries_keys_and_values() -> None:
         expect(plain, f"{symbol}.forward calls attn as {ast.unparse(call)}")
         rotated = _line_of(forward, "rotary_emb") < _line_of(forward, "attn")
         expect(rotated, f"{symbol}.forward rotates after attn")
+
+
+def axes_count_the_tokens_of_text() -> None:
+    """Known models with M-RoPE count a prompt's tokens on all axes, up to its first image."""
+    import torch
+
+    tower = SimpleNamespace(spatial_merge_size=2)
+    config = SimpleNamespace(
+        video_token_id=6, vision_start_token_id=4, vision_end_token_id=5, vision_config=tower
+    )
+    for symbol in MROPE_MODELS:
+        cls = _named(symbol)
+        model = SimpleNamespace(
+            config=config,
+            iter_mm_grid_thw=lambda features: (),
+            _get_mrope_input_positions=getattr(cls, "_get_mrope_input_positions", None),
+        )
+        positions, delta = cls.get_mrope_input_positions(model, list(range(10, 14)), [])
+        expected = torch.arange(4).expand(3, -1)
+        expect(torch.equal(positions, expected), f"{symbol} gives text {positions.tolist()}")
+        expect(delta == 0, f"{symbol} shifts what follows text by {delta}")
 
 
 def runners_keep_groups_and_configuration() -> None:

@@ -25,6 +25,7 @@ FORWARD = "engine/partial_forward.py"
 CHECK = "kv_connectors/kvshare/check_pass.py"
 PAGES = "engine/kv_pages.py"
 CONNECTOR = "kv_connectors/kvshare/connector.py"
+REQUEST_STATE = "kv_connectors/kvshare/request_state.py"
 SCHEDULER_SIDE = "kv_connectors/kvshare/scheduler_side.py"
 WORKER_SIDE = "kv_connectors/kvshare/worker_side.py"
 PLUGIN = "kv_connectors/kvshare/plugin.py"
@@ -148,6 +149,19 @@ PARTIAL_FORWARD = (
              bases=(f"{_MODELS}.llama:LlamaForCausalLM",)),
     is_class(f"{_MODELS}.qwen3:Qwen3Model", "Built as Qwen2 is.", FORWARD,
              bases=(f"{_MODELS}.qwen2:Qwen2Model",)),
+    method(f"{_MODELS}.interfaces:SupportsMultiModal.get_language_model", "",
+           "The decoder of a model that takes images as well.", FORWARD),
+    is_class(f"{_MODELS}.qwen3_vl:Qwen3LLMModel", "Built as Qwen3 is.", FORWARD,
+             bases=(f"{_MODELS}.qwen3:Qwen3Model",)),
+    is_class(f"{_MODELS}.qwen3_vl:Qwen3VLDecoderLayer", "Built as Qwen3's is.", FORWARD,
+             bases=(f"{_MODELS}.qwen3:Qwen3DecoderLayer",)),
+    has(f"{_MODELS}.qwen3_vl:Qwen3LLMForCausalLM", "model", "The decoder stack of a model.",
+        FORWARD),
+    behaves(f"{_MODELS}.interfaces:SupportsMRoPE.get_mrope_input_positions",
+            behaviours.axes_count_the_tokens_of_text,
+            "Text is given the same positions on all axes of M-RoPE.", FORWARD, ROPE),
+    has("vllm.config:ModelConfig", "is_multimodal_model uses_mrope mrope_num_dims",
+        "Where the decoder is, and what positions its layers take.", FORWARD),
     has("vllm.model_executor.layers.attention:Attention", "layer_name kv_cache impl",
         "A layer's name, cache and backend.", FORWARD, PAGES),
     *(
@@ -241,8 +255,12 @@ CACHE = (
     has("vllm.v1.core.kv_cache_utils:BlockHash", "", "Type of a block's hash.", kind="object"),
     has(_REQUEST,
         "block_hashes cache_salt kv_transfer_params mm_features num_preemptions prompt_embeds "
-        "is_finished num_output_tokens",
+        "is_finished num_output_tokens num_prompt_tokens",
         "Domain and wishes of a request; hashes that keep its blocks out of the prefix cache."),
+    has("vllm.multimodal.inputs:MultiModalFeatureSpec", "mm_position",
+        "Where a prompt's first image begins.", REQUEST_STATE),
+    has("vllm.multimodal.inputs:PlaceholderRange", "offset",
+        "Where a prompt's first image begins.", REQUEST_STATE),
     method(f"{_REQUEST}.update_block_hashes", "", "Hashes the blocks after those that are."),
     behaves(f"{_REQUEST}.update_block_hashes", behaviours.block_hashes_are_a_chain,
             "Approximate blocks are never found by another request.", SCHEDULER_SIDE),
@@ -251,6 +269,10 @@ CACHE = (
     method("vllm.config:ModelConfig.get_total_num_hidden_layers", "",
            "Refusal of a check layer that the model does not have."),
     has(f"{_ROTARY}.base:RotaryEmbedding", "cos_sin_cache rotary_dim is_neox_style",
+        "Keys are moved by the rows of this table.", ROPE),
+    is_class(f"{_ROTARY}:MRotaryEmbedding", "All its axes share a table.", ROPE,
+             bases=(f"{_ROTARY}.base:RotaryEmbeddingBase",)),
+    has(f"{_ROTARY}:MRotaryEmbedding", "cos_sin_cache rotary_dim is_neox_style",
         "Keys are moved by the rows of this table.", ROPE),
     *(
         is_class(f"{_ROTARY}:{name}", "Its table holds for all requests and positions.", ROPE,

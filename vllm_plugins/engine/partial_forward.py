@@ -29,10 +29,18 @@ from vllm_plugins.errors import PluginError
 if TYPE_CHECKING:
     from vllm_plugins.engine.worker_host import RunnerView
 
-# Decoder stacks whose layers take (positions, hidden_states, residual) and whose embeddings need
-# nothing further; each is compared with its own full prefill in the tests.
+# Decoder stacks whose layers take (positions, hidden_states, residual) and whose embeddings, for
+# text, need nothing further; each is compared with its own full prefill in the tests.
 ARCHITECTURES = frozenset(
-    {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+    {
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen3ForCausalLM",
+        "Qwen3VLForConditionalGeneration",
+    }
 )
 
 
@@ -52,7 +60,7 @@ def check_architecture(where: str, architectures: Sequence[str]) -> None:
 
 @dataclass
 class Rows:
-    """Tokens of one request that go through some layers.
+    """Tokens of one request that go through some layers; text, with no image before them.
 
     Attributes:
         positions: Their positions in the request, ascending, int64, shape (n,).
@@ -190,7 +198,13 @@ class PartialForward:
                 "partial forward", "needs full attention in every layer", "use such a model"
             )
         self._runner = runner
-        self._stack: Any = runner.model.model
+        model: Any = runner.model
+        if config.model_config.is_multimodal_model:
+            model = model.get_language_model()
+        self._stack: Any = model.model
+        # A model with M-RoPE is given time, height and width of each token.
+        mrope = config.model_config.uses_mrope
+        self._axes = config.model_config.mrope_num_dims if mrope else 0
         self._block_size = spec.block_size
         self._max_runs = config.scheduler_config.max_num_seqs
         self._max_rows = max_rows
@@ -271,7 +285,7 @@ class PartialForward:
             part.join(rows_of_part)
 
     def _pass(self, taken: Sequence[Rows], layers: range) -> None:
-        positions = self._tensor(np.concatenate([part.positions for part in taken]))
+        positions = self._positions(taken)
         state = self._inputs(taken)
         with self._context(taken):
             for index in layers:
@@ -282,6 +296,12 @@ class PartialForward:
         states = zip(hidden.split(sizes), residual.split(sizes), strict=True)
         for part, (own_hidden, own_residual) in zip(taken, states, strict=True):
             part.hidden, part.residual = own_hidden, own_residual
+
+    def _positions(self, taken: Sequence[Rows]) -> torch.Tensor:
+        """Return positions as the layers take them, shape (rows,) or with M-RoPE (axes, rows)."""
+        positions = self._tensor(np.concatenate([part.positions for part in taken]))
+        # Up to a request's first image all axes count its tokens.
+        return positions.expand(self._axes, -1) if self._axes else positions
 
     def _inputs(self, taken: Sequence[Rows]) -> tuple[torch.Tensor, torch.Tensor | None]:
         if taken[0].hidden is None:
