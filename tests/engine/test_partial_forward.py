@@ -51,17 +51,27 @@ class Prefilled:
         from vllm_plugins.engine.kv_pages import KVPages
         from vllm_plugins.engine.partial_forward import PartialForward, Rows, slot_mapping
 
-        self.llm, self.worker = llm, worker_of(llm)
-        self.rows, self.slot_mapping = Rows, slot_mapping
+        self.worker, self.rows, self.slot_mapping = worker_of(llm), Rows, slot_mapping
         self.recorder = recorder()
         self.worker.plugin_listeners.append(self.recorder)
-        greedy(llm, PROMPTS, tokens=1)
         view = self.worker.plugin_view()
         self.forward = PartialForward(view, max_rows=128)
+        with self.positions_given() as self.given:
+            greedy(llm, PROMPTS, tokens=1)
         assert self.forward.num_layers == layers
         names = [self.forward.attention_name(i) for i in range(layers)]
         self.pages = KVPages(view, names)
         self.generator = torch.Generator().manual_seed(1)
+
+    @contextmanager
+    def positions_given(self):
+        """A list to which each run of the first layer adds the positions that it is given."""
+        given = []
+        hook = self.forward._stack.layers[0].register_forward_pre_hook(
+            lambda module, inputs: given.append(inputs[0].clone())
+        )
+        yield given
+        hook.remove()
 
     def part(self, prompt, positions):
         positions = np.asarray(positions, np.int64)
@@ -146,15 +156,10 @@ def test_the_cache_reads_back_what_was_written(prefilled):
 
 
 def test_layers_are_given_positions_in_vllms_own_form(prefilled):
-    prompt, seen = [9 * i % 490 for i in range(64)], []
-    [layer, *_] = prefilled.forward._stack.layers
-    hook = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
-    greedy(prefilled.llm, [prompt], tokens=1)
-    prefilled.forward.run([prefilled.part(prompt, range(64))], range(1))
-    hook.remove()
-    [stock, ours] = seen
-    # A step may be padded.
-    assert torch.equal(stock[..., :64], ours)
+    with prefilled.positions_given() as given:
+        prefilled.forward.run([prefilled.part(PROMPTS[0], range(64))], range(1))
+    [ours] = given
+    assert torch.equal(ours, prefilled.given[0][..., :64])
     mrope = prefilled.worker.plugin_view().config.model_config.uses_mrope
     assert ours.shape == ((3, 64) if mrope else (64,))
 
