@@ -84,6 +84,30 @@ def test_an_abort_while_blending_leaks_nothing(neutral, stock):
     assert_stock(neutral.greedy([PROMPTS[1]]), stock[1:2])
 
 
+@pytest.mark.parametrize("mode", ["abort", "keep"])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_pause_while_blending_leaks_nothing(neutral, stock, steps, mode):
+    """What a server's `/pause` does: requests are aborted by the scheduler, or kept for later."""
+    neutral.forget()
+    neutral.greedy([prompt(0, 1, 2)])
+    name = neutral.add(PROMPTS[1])
+    for _ in range(steps):
+        neutral.engine.step()
+    blending = bool(neutral.worker._blends)
+    neutral.llm.sleep(level=0, mode=mode)
+    neutral.engine.step()
+    assert bool(neutral.worker._blends) is (blending and mode == "keep")
+    neutral.llm.wake_up(tags=["scheduling"])
+    if mode == "abort":
+        # An engine in this process does not tell its front about it, as a server's does.
+        neutral.engine.abort_request([name])
+    while neutral.engine.has_unfinished_requests():
+        for output in neutral.engine.step():
+            assert output.outputs[0].token_ids == stock[1][: len(output.outputs[0].token_ids)]
+    neutral.assert_idle()
+    assert_stock(neutral.greedy([PROMPTS[1]]), stock[1:2])
+
+
 @pytest.mark.parametrize("fault", ["lost", "truncated", "other dtype"])
 def test_damaged_kv_is_computed_again(neutral, stock, fault):
     neutral.forget()

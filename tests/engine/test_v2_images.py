@@ -8,7 +8,11 @@ pytestmark = pytest.mark.engine
 
 SELECTED = {
     "holes": ("engine/test_block_holes_engine.py",),
-    "dynamic_llava": ("engine/test_dynamic_llava.py", "-k", "stock or batch or preemption"),
+    "dynamic_llava": (
+        "engine/test_dynamic_llava.py",
+        "-k",
+        "stock or batch or preemption or structured",
+    ),
     "forgetting": ("engine/test_dynamic_llava_text.py", "-k", "equation_6 or preemption"),
     "freed-holes": ("engine/test_dynamic_llava_memory.py", "-k", "freed_blocks"),
     "epd": ("v2/epd_cases.py",),

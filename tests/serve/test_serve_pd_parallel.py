@@ -14,7 +14,9 @@ from vllm_plugins.kv_connectors.pd.reference import KEY
 
 pytestmark = [pytest.mark.serve, pytest.mark.alone]
 
-PLUGIN = ("--plugin", "pd:role=both,min_pull_tokens=1,stream_layers=true,lease_s=30")
+# Ranks spin for each other: on busy cores vLLM's own steps stall for many seconds.
+OPTIONS = "role=both,min_pull_tokens=1,stream_layers=true,lease_s=30,read_timeout_s=120"
+PLUGIN = ("--plugin", f"pd:{OPTIONS}")
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ sys.path.append(str(FOLDER))
 
 
 def pytest_configure():
-    """Stop where vLLM would have no kernels; interpret in half the time."""
+    """Stop where vLLM would have no kernels; mend how they are interpreted, and halve its time."""
     from triton.backends import backends
     from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
 
@@ -38,6 +38,7 @@ def pytest_configure():
     interpreter_builder.options = dataclasses.replace(
         interpreter_builder.options, sanitize_overflow=False
     )
+    interpreter_builder.create_splat = _splat_of(interpreter_builder)
     prepare_and_call, prepared = InterpretedFunction.__call__, set()
 
     def call(self, *args, **kwargs):
@@ -48,3 +49,22 @@ def pytest_configure():
         return prepare_and_call(self, *args, **kwargs)
 
     InterpretedFunction.__call__ = call
+
+
+def _splat_of(builder):
+    """Return how the builder of interpreted kernels repeats a scalar, truth values among them.
+
+    Triton 3.9 makes integers of what comparing two scalars gives, and then takes them for no mask.
+    """
+    import numpy as np
+    from triton import language
+    from triton.runtime.interpreter import TensorHandle
+
+    splat = builder.create_splat
+
+    def create_splat(shape, scalar):
+        if scalar.data.dtype == np.bool_:
+            return TensorHandle(np.full(shape.shape, scalar.data), language.int1)
+        return splat(shape, scalar)
+
+    return create_splat
