@@ -105,7 +105,7 @@ class EpdPlugin(SchedulerPlugin):
         vllm=">=0.32", platforms=frozenset({"cpu", "cuda"}), runners=frozenset({"V1", "V2"})
     )
     conflicts: ClassVar[dict[str, str]] = {
-        "kvshare": "it runs decoder layers one by one, and those of no model that reads images"
+        "kvshare": "what it reuses ends where the first image begins; it was never run with epd"
     }
     Options: ClassVar[type[Options]] = EpdOptions
 

@@ -108,7 +108,7 @@ class SpecVlmPlugin(WorkerPlugin):
     exactness = "exact; mode=off leaves the drafter the whole image"
     requires = Requirements(vllm=">=0.32", platforms=frozenset({"cpu", "cuda"}))
     conflicts: ClassVar[dict[str, str]] = {
-        "kvshare": "it runs decoder layers one by one, and those of no model that reads images",
+        "kvshare": "the drafter has to see the tokens that are not computed",
         "pd": "which blocks the drafter does not see would not travel with them",
         "zipcache": "a rejected draft could be part of a block that is packed already",
     }

@@ -81,7 +81,7 @@ def abort_all(llm):
         name = engine.add_request(f"{1000 + i}", {"prompt_token_ids": prompt}, params)
         for _ in range(2 + i % 2):
             engine.step()
-        engine.abort_request([name])
+        engine.abort_request([name], internal=True)
     while engine.has_unfinished_requests():
         engine.step()
 

@@ -77,7 +77,7 @@ def test_an_abort_while_blending_leaks_nothing(neutral, stock):
         name = neutral.add(PROMPTS[1])
         for _ in range(steps):
             neutral.engine.step()
-        neutral.engine.abort_request([name])
+        neutral.engine.abort_request([name], internal=True)
         while neutral.engine.has_unfinished_requests():
             neutral.engine.step()
         neutral.assert_idle()
@@ -100,7 +100,7 @@ def test_a_pause_while_blending_leaks_nothing(neutral, stock, steps, mode):
     neutral.llm.wake_up(tags=["scheduling"])
     if mode == "abort":
         # An engine in this process does not tell its front about it, as a server's does.
-        neutral.engine.abort_request([name])
+        neutral.engine.abort_request([name], internal=True)
     while neutral.engine.has_unfinished_requests():
         for output in neutral.engine.step():
             assert output.outputs[0].token_ids == stock[1][: len(output.outputs[0].token_ids)]
