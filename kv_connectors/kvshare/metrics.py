@@ -15,8 +15,9 @@ REFUSED = MetricSpec(
     "kvshare_refused_requests_total",
     "counter",
     "Requests that reused nothing, by reason: short (less than min_reuse tokens beyond the prefix "
-    "cache's hit), unknown (less than min_reuse of them stored), not_worth, media (or embeddings), "
-    "unsigned, full_prefill (log-probabilities of the prompt), failed, opted_out, operator.",
+    "cache's hit), unknown (less than min_reuse of them stored), not_worth, media (less than "
+    "min_reuse before the first image, or embeddings), unsigned, full_prefill (log-probabilities "
+    "of the prompt), failed, opted_out, operator.",
     (),
     "reason",
 )

@@ -75,7 +75,8 @@ class Offers:
             last = min(len(state.tokens), state.request.num_tokens - 1)
             end = last // self._block * self._block
             if end - computed < self._options.min_reuse:
-                return "media" if is_mixed(state.request) else "short"
+                few = is_mixed(state.request) and end < self._options.min_reuse
+                return "media" if few else "short"
             known = self._planner.plan(state.domain, state.tokens, computed, end)
             exact_only = self._options.mode == "exact_only"
             known = state.planned = known.shortened(self._block, exact_only)

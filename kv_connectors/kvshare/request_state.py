@@ -45,7 +45,7 @@ class RequestState:
         used: The plan by which its KV was made; None where nothing was reused.
         pinned: Segments that are kept until the workers have read them.
         loading: Whether the workers are at it.
-        stored: Whether its prompt has been stored.
+        stored: Whether its `tokens` have been stored, or are not to be.
         refreshed: Generated tokens at the last look at its stale tokens; None without any.
         hit: What it would find in the store, as of ``hit_version`` of the index.
         hit_version: Version of the index at the last look-up by the waiting order.

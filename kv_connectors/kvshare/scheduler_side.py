@@ -253,7 +253,7 @@ class SchedulerSide:
         return orders
 
     def _store_if_complete(self, state: RequestState, scheduled: int) -> None:
-        """Store the prompt in the step that completes it."""
+        """Store `state.tokens` in the step that completes them, which others may follow."""
         request = state.request
         # vLLM counts this step's tokens only after it has asked for the orders.
         if request.num_computed_tokens + scheduled < len(state.tokens):
@@ -288,7 +288,8 @@ class SchedulerSide:
 
     def _tokens_since_look(self, state: RequestState) -> int:
         """Return what was generated since the last look at stale tokens; -1 where none are left."""
-        if state.request.num_preemptions:
+        # Asked again each time: a session's later input may bring an image.
+        if not state.may_refresh:
             state.refreshed = None
         if state.refreshed is None:
             return -1

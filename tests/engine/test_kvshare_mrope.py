@@ -149,3 +149,16 @@ def test_text_before_an_image_is_reused_and_what_is_behind_it_computed(family):
         # Stored by prompts with images, taken by one without.
         assert reused[4] > 64
         engine.assert_idle()
+
+
+@pytest.mark.parametrize("family", QWEN_FAMILIES)
+def test_what_is_stored_of_a_prompt_with_images_is_its_text(family):
+    """Identical text is loaded as it is, with nothing recomputed over it."""
+    arguments = {"model": model(family), "max_model_len": 1024, "enable_prefix_caching": False}
+    with served("kvshare:mode=exact_only", **arguments) as engine:
+        stored, loaded = answers(engine.llm), answers(engine.llm)
+        assert tokens_of(loaded) == tokens_of(stored)
+        assert logprob_error(loaded, stored) < 1e-3
+        reused = [output.num_cached_tokens > 64 for output in loaded]
+        assert reused == [True, True, True, False, True]
+        engine.assert_idle()

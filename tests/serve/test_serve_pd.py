@@ -319,7 +319,7 @@ def test_a_killed_prefill_instance_costs_its_prompts_a_prefill(pair, peers):
     failed, sent = pair.decode.metric(recomputed), pair.prefill.metric(early, when="early")
     name = uuid.uuid4().hex
     streamed = {"do_remote_prefill": True, KEY: {"version": 1, "transfer_id": name, "peers": peers}}
-    slow = Fault("delay", direction=DOWN, seconds=0.1)
+    slow = Fault("delay", direction=DOWN, seconds=1.0)
     with (
         nothing_more(pair.decode),
         FaultyProxy(Address.from_json(peers[0]["address"]), slow) as proxy,
@@ -335,7 +335,8 @@ def test_a_killed_prefill_instance_costs_its_prompts_a_prefill(pair, peers):
         os.killpg(pair.prefill.process.pid, signal.SIGKILL)
         pair.prefill.process.wait()
         assert [answer.result() for answer in answers] == expected
-        assert pair.decode.metric(recomputed) - failed == 4
+        # The one that is computed meanwhile may have come whole before the kill.
+        assert pair.decode.metric(recomputed) - failed in (3, 4)
     again = zip(prompts, asked, strict=True)
     assert [pair.decoded(tokens, params) for tokens, params in again] == expected
     pair.await_empty(LEASE_S + 2)

@@ -129,6 +129,12 @@ def test_what_the_prefix_cache_holds_leaves_little_to_reuse(server):
     assert server.counts.refusals() == {"unknown": 1, "short": 1}
 
 
+def test_a_long_text_before_an_image_that_the_prefix_cache_holds_is_not_the_images_fault(server):
+    document = server.text(400)
+    server.serve(server.request(document, mm_features=[image(390, 8)]), computed=368)
+    assert server.counts.refusals() == {"short": 1}
+
+
 def test_who_names_no_tenant_is_refused(tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("0" * 64)
@@ -260,6 +266,19 @@ def test_reuse_is_counted_once_it_is_complete(server):
     assert server.counts["kvshare_requests_total", "blend"] == 1
     assert server.counts["kvshare_recomputed_tokens_total", ""] == 9
     assert server.counts.refusals() == {"unknown": 1}
+
+
+@pytest.mark.parametrize("brings_image", [False, True])
+def test_a_session_that_brings_an_image_is_looked_at_no_more(server, brings_image):
+    """Behind an image a query's index is not its position."""
+    request = reusing(server)
+    server.load(request, recomputed={request.request_id: 9})
+    server.side.admitted(request, 0)
+    server.step(request)
+    if brings_image:
+        request.mm_features.append(image(request.num_tokens, 8))
+    request.append_output_token_ids(server.text(40))
+    assert bool(server.step(request).refreshes) != brings_image
 
 
 def test_what_fails_is_a_refusal_and_no_reuse(server):

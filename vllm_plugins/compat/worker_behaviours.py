@@ -128,17 +128,20 @@ def axes_count_the_tokens_of_text() -> None:
     config = SimpleNamespace(
         video_token_id=6, vision_start_token_id=4, vision_end_token_id=5, vision_config=tower
     )
+    expected = torch.arange(4).expand(3, -1)
     for symbol in MROPE_MODELS:
         cls = _named(symbol)
-        model = SimpleNamespace(
-            config=config,
-            iter_mm_grid_thw=lambda features: (),
-            _get_mrope_input_positions=getattr(cls, "_get_mrope_input_positions", None),
-        )
-        positions, delta = cls.get_mrope_input_positions(model, list(range(10, 14)), [])
-        expected = torch.arange(4).expand(3, -1)
-        expect(torch.equal(positions, expected), f"{symbol} gives text {positions.tolist()}")
-        expect(delta == 0, f"{symbol} shifts what follows text by {delta}")
+        for images in ((), ((4, 1, 1, 1, 1.0),)):
+            model = SimpleNamespace(
+                config=config,
+                iter_mm_grid_thw=lambda features, images=images: iter(images),
+                _get_mrope_input_positions=getattr(cls, "_get_mrope_input_positions", None),
+            )
+            tokens = list(range(10, 14 + len(images)))
+            positions, delta = cls.get_mrope_input_positions(model, tokens, [])
+            positions = torch.as_tensor(positions)[:, :4]
+            expect(torch.equal(positions, expected), f"{symbol} gives text {positions.tolist()}")
+            expect(images or delta == 0, f"{symbol} shifts what follows text by {delta}")
 
 
 def runners_keep_groups_and_configuration() -> None:
