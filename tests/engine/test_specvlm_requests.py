@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.engine.grammars import KINDS, assert_follows, constrained, json_words
-from tests.engine.specvlm_engine import PROMPTS, assert_idle, engine, target
+from tests.engine.specvlm_engine import PROMPTS, assert_idle, drafter_of, engine, target
 
 pytestmark = pytest.mark.engine
 
@@ -121,7 +121,9 @@ def test_every_adapter_changes_answers(stock):
 
 @pytest.mark.parametrize("round_", ROUNDS)
 def test_answers_are_the_targets(drafting, stock, adapters, round_):
+    seen = sum(drafter_of(drafting).model.tally.rows.values())
     assert answers(drafting, adapters, round_) == stock[round_]
+    assert sum(drafter_of(drafting).model.tally.rows.values()) > seen
     assert_idle(drafting)
 
 

@@ -141,7 +141,7 @@ def axes_count_the_tokens_of_text() -> None:
             positions, delta = cls.get_mrope_input_positions(model, tokens, [])
             positions = torch.as_tensor(positions)[:, :4]
             expect(torch.equal(positions, expected), f"{symbol} gives text {positions.tolist()}")
-            expect(images or delta == 0, f"{symbol} shifts what follows text by {delta}")
+            expect(bool(images) or delta == 0, f"{symbol} shifts what follows text by {delta}")
 
 
 def runners_keep_groups_and_configuration() -> None:
