@@ -9,8 +9,8 @@ from vllm_plugins.kv_connectors.pd.reference import KEY
 pytestmark = [pytest.mark.serve, pytest.mark.alone]
 
 TWO = ("--tensor-parallel-size", "2")
-# Four ranks spin for each other on whatever cores there are: on few, vLLM's own steps stall for many
-# seconds now and then, without a plug-in too.
+# Four ranks spin for each other on whatever cores there are: on few, vLLM's own steps stall for
+# many seconds now and then, without a plug-in too.
 PATIENT = "lease_s=60,read_timeout_s=120"
 PULLED = "vllm_plugins:pd_pulled_tokens_total"
 
