@@ -3,10 +3,11 @@
     python benchmarks/kvshare_ttft.py MODEL [--lengths 1024 2048 4096] [--out FILE.json]
 
 A prompt is 85 % documents that an earlier prompt held in another order, and 15 % new text, so that
-no prefix is shared. A second set of prompts has nothing in common with anything, to see what the
-plug-in costs where it cannot help. The plug-in, stock vLLM, and stock without prefix caching take
-turns, each in an engine of its own, in one run. Beside the time stand the tokens that went through
-each layer, summed over the layers.
+no prefix is shared. Two more go on from there: the same prompt again, and a next turn with some
+more text, of which stock vLLM has the prefix in its cache. The last has nothing in common with
+anything, to see what the plug-in costs where it cannot help. The plug-in, stock vLLM, and stock
+without prefix caching take turns, each in an engine of its own, in one run. Beside the time stand
+the tokens that went through each layer, summed over the layers.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from in_process import counted, engine, generate, write
 from vllm_plugins.kv_connectors.kvshare.work import PROJECTION
 
 SHARED, DOCUMENTS = 0.85, 8
-KINDS = ("shared", "unrelated")
+TURN = 64
+KINDS = ("shared", "repeated", "turn", "unrelated")
 STOCK, UNCACHED, PLUGIN = "stock", "stock, no prefix caching", "kvshare:recompute_max=0.15"
 COUNTERS, CHECK_LAYER = ("reused", "gap", "recomputed"), 1
 
 
-def prompts(length: int, seed: int, vocab: int) -> tuple[list[int], list[int], list[int]]:
-    """Return an earlier prompt, one with its documents in another order, and an unrelated one."""
+def prompts(length: int, seed: int, vocab: int) -> tuple[list[int], dict[str, list[int]]]:
+    """Return an earlier prompt, and one of each kind."""
     rng = np.random.default_rng([seed, length])
     size = int(SHARED * length) // DOCUMENTS
     documents = [rng.integers(0, vocab, size).tolist() for _ in range(DOCUMENTS)]
@@ -42,7 +44,8 @@ def prompts(length: int, seed: int, vocab: int) -> tuple[list[int], list[int], l
     new = rng.integers(0, vocab, (2, length - size * DOCUMENTS)).tolist()
     earlier = [token for document in documents for token in document] + new[0]
     later = [token for i in order for token in documents[i]] + new[1]
-    return earlier, later, rng.integers(0, vocab, length).tolist()
+    unrelated, turn = (rng.integers(0, vocab, size).tolist() for size in (length, TURN))
+    return earlier, dict(zip(KINDS, (later, later, later + turn, unrelated), strict=True))
 
 
 def first_token(llm: Any, prompt: list[int]) -> dict[str, float]:
@@ -79,12 +82,11 @@ def measure(args: argparse.Namespace, variant: str, seed: int) -> dict[str, list
         vocab = llm.llm_engine.model_config.get_vocab_size() - 8
         generate(llm, [list(range(200))], 1)
         for length in args.lengths:
-            earlier, later, unrelated = prompts(length, seed, vocab)
-            if plugins and "shared" in args.kinds:
+            earlier, asked = prompts(length, seed, vocab)
+            if plugins and set(args.kinds) != {"unrelated"}:
                 generate(llm, [earlier], 1)
-            for kind, prompt in (("shared", later), ("unrelated", unrelated)):
-                if kind in args.kinds:
-                    found[kind].append(first_token(llm, prompt))
+            for kind in args.kinds:
+                found[kind].append(first_token(llm, asked[kind]))
     return found
 
 
@@ -112,7 +114,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="in this order")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plugin", default=PLUGIN)
     parser.add_argument("--out", type=Path)

@@ -78,7 +78,7 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[int | None, bool]:
         """Return how many tokens reuse can provide, and that they come between steps."""
         promised = self.scheduler.promise(request, num_computed_tokens)
-        return promised, promised > 0
+        return promised, bool(promised)
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int

@@ -28,6 +28,12 @@ REUSED = MetricSpec(
     (),
     "kind",
 )
+REPEATED = MetricSpec(
+    "kvshare_repeated_tokens_total",
+    "counter",
+    "Prompt tokens whose KV was blended, or computed behind such KV, for an earlier prompt that "
+    "begins alike, and was still in vLLM's own prefix cache.",
+)
 GAPS = MetricSpec(
     "kvshare_gap_tokens_total",
     "counter",
@@ -72,6 +78,7 @@ ALL = (
     REQUESTS,
     REFUSED,
     REUSED,
+    REPEATED,
     GAPS,
     RECOMPUTED,
     REFRESHED,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vllm_plugins.kv_connectors.kvshare.request_state import NO_HIT, Hit, is_mixed
@@ -79,7 +79,9 @@ class Offers:
                 return "media" if few else "short"
             known = self._planner.plan(state.domain, state.tokens, computed, end)
             exact_only = self._options.mode == "exact_only"
-            known = state.planned = known.shortened(self._block, exact_only)
+            behind = -1 if state.root is None else state.root.generation
+            known = replace(known.shortened(self._block, exact_only), behind=behind)
+            state.planned = known
         return self._objection(known)
 
     def _objection(self, plan: Plan) -> Refusal | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from vllm_plugins.kv_connectors.kvshare.anchors import Anchors, winnow
@@ -33,17 +33,19 @@ class Plan:
     """How ``prompt[start:end]`` is made of runs and gaps.
 
     Args:
-        start: First position; what is before it has exact KV already.
+        start: First position; what is before it has KV already.
         end: Position after the last one.
         runs: In order, without overlap. A run shorter than ``min_run`` directly continues, or is
             continued by, another one, in the prompt and in the text that was stored.
         version: Version of the index that the plan was made from.
+        behind: Highest generation of the approximate KV before ``start``; -1 where that is exact.
     """
 
     start: int
     end: int
     runs: tuple[Run, ...]
     version: int
+    behind: int = -1
 
     @property
     def gaps(self) -> list[tuple[int, int]]:
@@ -91,12 +93,12 @@ class Plan:
         kept = tuple(
             Run(r.start, r.segment, r.offset, min(r.length, end - r.start), r.exact) for r in runs
         )
-        return Plan(self.start, max(end, self.start), kept, self.version)
+        return replace(self, end=max(end, self.start), runs=kept)
 
     def generation_at(self, position: int) -> int:
         """Return the generation of KV that is computed at a position beside the runs."""
         used = (r.segment.generation for r in self.runs if not r.exact and r.start < position)
-        return max(used, default=-1) + 1
+        return max((self.behind, *used)) + 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)

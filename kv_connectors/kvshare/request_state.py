@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vllm_plugins.kv_connectors.kvshare.operator_desk import Order
     from vllm_plugins.kv_connectors.kvshare.planner import Plan
     from vllm_plugins.kv_connectors.kvshare.segments import Segment, Tokens
+    from vllm_plugins.kv_connectors.kvshare.tainted import Root
     from vllm_plugins.kv_connectors.kvshare.tally import Refusal
 
 
@@ -41,6 +42,8 @@ class RequestState:
         tokens: Its prompt as far as token ids say what its KV is (`text_of`), int32, shape (n,).
         domain: Digest of the tenant domain; None where it shares with nobody.
         refusal: Why the last look-up promised nothing; None where it did, or once that is counted.
+        cached: Tokens that the prefix cache held for it at the last look-up.
+        root: Where what the prefix cache held is approximate from; None where it is exact.
         planned: The last plan, whether or not it was carried out.
         used: The plan by which its KV was made; None where nothing was reused.
         pinned: Segments that are kept until the workers have read them.
@@ -58,6 +61,8 @@ class RequestState:
     tokens: Tokens
     domain: bytes | None
     refusal: Refusal | None = None
+    cached: int = 0
+    root: Root | None = None
     planned: Plan | None = None
     used: Plan | None = None
     pinned: list[Segment] = field(default_factory=list)

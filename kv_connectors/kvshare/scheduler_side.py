@@ -11,7 +11,6 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import RequestStatus
 
 from vllm_plugins.kv_connectors.kvshare import metrics as m
@@ -28,6 +27,7 @@ from vllm_plugins.kv_connectors.kvshare.request_state import (
     is_mixed,
     text_of,
 )
+from vllm_plugins.kv_connectors.kvshare.tainted import TaintedChains
 from vllm_plugins.kv_connectors.kvshare.tally import Tally
 from vllm_plugins.kv_connectors.kvshare.transfer import (
     Label,
@@ -66,6 +66,9 @@ class SchedulerSide:
         catalogue: The disk tier, from which the index is refilled; None without one.
     """
 
+    _blocks: KVCacheManager
+    _chains: TaintedChains
+
     def __init__(
         self,
         options: KVShareOptions,
@@ -96,7 +99,6 @@ class SchedulerSide:
         self._looks = max(1, options.fix_tokens_per_step // 2 // (options.decode_k + 1))
         self._states: dict[str, RequestState] = {}
         self._orders = Orders()
-        self._blocks: KVCacheManager | None = None
         if catalogue is not None:
             # What an operator registered is to be registered again: its name is not on disk.
             labels = {k: v for k, v in catalogue.labels().items() if v.domain != public}
@@ -116,15 +118,19 @@ class SchedulerSide:
     def bind(self, manager: KVCacheManager) -> None:
         """Take vLLM's KV cache manager, which knows the requests' blocks."""
         self._blocks = manager
+        self._chains = TaintedChains(manager.block_pool)
 
-    def promise(self, request: Request, computed: int) -> int:
-        """Return how many tokens beyond ``computed`` reuse can provide.
+    def promise(self, request: Request, computed: int) -> int | None:
+        """Return how many tokens beyond ``computed`` reuse can provide; None to be asked again.
 
         Args:
             request: A request that is about to be admitted.
             computed: Tokens that the prefix cache holds for it, a multiple of the block size.
         """
         state = self._state(request)
+        state.cached = computed
+        if state.barred is None and self._chains.redirects(state):
+            return None
         state.refusal = state.barred or self._offers.plan(state, computed)
         if state.refusal is not None:
             return 0
@@ -192,7 +198,8 @@ class SchedulerSide:
         looked_at = not exact and state.may_refresh and self._options.decode_interval
         state.refreshed = 0 if looked_at else None
         if not exact:
-            self._taint(request, min(plan.exact_prefix_end, plan.end))
+            generation = plan.generation_at(plan.end) - 1
+            self._chains.leave(request, min(plan.exact_prefix_end, plan.end), generation)
         self._orders.reuses.append(
             Reuse(
                 request.request_id,
@@ -211,27 +218,12 @@ class SchedulerSide:
                 self._tally.refused(state.refusal)
             state.refusal = None
 
-    def _taint(self, request: Request, position: int) -> None:
-        """Keep approximate blocks out of the exact prefix cache.
-
-        From the first block that is not exact on, the chain of block hashes goes on from a random
-        value, so nobody but this request, after a preemption, can find its blocks. The exact head
-        of the prompt stays shared.
-        """
-        assert self._blocks is not None
-        block = self._blocks.block_pool.hash_block_size
-        whole = position // block
-        if whole < len(request.block_hashes):
-            del request.block_hashes[whole:]
-            request.block_hashes.append(BlockHash(os.urandom(32)))
-            request.update_block_hashes()
-
     def _block_ids(self, request_id: str) -> np.ndarray:
-        assert self._blocks is not None
         return np.array(self._blocks.get_block_ids(request_id)[0], dtype=np.int32)
 
     def orders(self, output: SchedulerOutput) -> Orders:
         """Return what the workers have to do in this step."""
+        self._chains.settle(output.num_scheduled_tokens)
         due: list[tuple[int, RequestState]] = []
         for request_id, scheduled in output.num_scheduled_tokens.items():
             state = self._states.get(request_id)
@@ -259,7 +251,9 @@ class SchedulerSide:
         if request.num_computed_tokens + scheduled < len(state.tokens):
             return
         state.stored = True
-        if not state.may_store or (request.num_preemptions and state.used):
+        if state.root is not None:
+            self._metrics.inc(m.REPEATED.name, max(state.cached - state.root.position, 0))
+        if not state.may_store or (request.num_preemptions and (state.used or state.root)):
             # After a preemption the prefix cache may have given back approximate blocks.
             return
         stored = self._store(state)
@@ -276,14 +270,16 @@ class SchedulerSide:
 
     def _store(self, state: RequestState) -> Stored:
         assert state.domain is not None
-        start, done = 0, state.used
+        start, end, done = 0, len(state.tokens), state.used
+        if state.root is not None:
+            # What is before was stored by whose blocks it has.
+            start = state.cached
+            done = done or Plan(start, end, (), -1, state.root.generation)
         if state.order is not None:
             # All of it, whatever is stored already: each canonical text goes by itself.
-            start = min(state.order.context, len(state.tokens))
-            done = Plan(start, len(state.tokens), (), self.index.version)
-        drafts = self._planner.new_segments(
-            state.domain, state.tokens, done, start, len(state.tokens)
-        )
+            start = min(state.order.context, end)
+            done = Plan(start, end, (), self.index.version)
+        drafts = self._planner.new_segments(state.domain, state.tokens, done, start, end)
         return self.index.store(state.domain, drafts)
 
     def _tokens_since_look(self, state: RequestState) -> int:
@@ -355,6 +351,7 @@ class SchedulerSide:
 
     def _decline(self, request_ids: set[str]) -> None:
         """Have requests computed in full whose KV could not be put together."""
+        self._chains.settle(request_ids)
         for request_id in request_ids:
             state = self._states.get(request_id)
             if state is not None:
@@ -369,6 +366,7 @@ class SchedulerSide:
         Returns:
             What its sender is told beside the output: the answer to an operator's order.
         """
+        self._chains.settle([request.request_id])
         state = self._states.get(request.request_id)
         if state is None:
             return None
@@ -396,5 +394,6 @@ class SchedulerSide:
         """
         gone = self._desk.release_all()
         gone += [key for key in list(self.index) if self.index.remove(key)]
+        self._chains.forget()
         self._orders.evicted += gone
         return not len(self.index)

@@ -48,7 +48,8 @@ class Server:
         chosen = KVShareOptions(**{"fix_tokens_per_step": 256} | options)
         shape = EngineShape(BLOCK, LAYERS, max_runs)
         self.side = SchedulerSide(chosen, shape, 10**6, self.counts)
-        pool = SimpleNamespace(hash_block_size=BLOCK)
+        # What the prefix cache holds approximately is the engine's tests' business.
+        pool = SimpleNamespace(hash_block_size=BLOCK, num_gpu_blocks=1)
         self.side.bind(SimpleNamespace(get_block_ids=lambda name: ([3, 4, 5],), block_pool=pool))
         self.rng = np.random.default_rng(0)
         self.names = 0

@@ -30,6 +30,7 @@ SCHEDULER_SIDE = "kv_connectors/kvshare/scheduler_side.py"
 WORKER_SIDE = "kv_connectors/kvshare/worker_side.py"
 PLUGIN = "kv_connectors/kvshare/plugin.py"
 ROPE = "kv_connectors/kvshare/rope.py"
+TAINTED = "kv_connectors/kvshare/tainted.py"
 TRANSFER = "kv_connectors/kvshare/transfer.py"
 
 _WORKER = "vllm.v1.worker.gpu_worker:Worker"
@@ -250,7 +251,11 @@ CACHE = (
     has("vllm.v1.core.kv_cache_manager:KVCacheManager", "block_pool", "Leads to the size.",
         SCHEDULER_SIDE),
     has("vllm.v1.core.block_pool:BlockPool", "hash_block_size",
-        "Tokens of a block as the prefix cache hashes them.", SCHEDULER_SIDE),
+        "Tokens of a block as the prefix cache hashes them.", TAINTED),
+    has("vllm.v1.core.block_pool:BlockPool", "num_gpu_blocks", "A bound.", TAINTED),
+    method("vllm.v1.core.block_pool:BlockPool.get_cached_block",
+           "block_hash, kv_cache_group_ids", "Whether an approximate block is still there.",
+           TAINTED),
     is_class("vllm.v1.core.kv_cache_manager:KVCacheBlocks", "A request's blocks.", CONNECTOR),
     has("vllm.v1.core.kv_cache_utils:BlockHash", "", "Type of a block's hash.", kind="object"),
     has(_REQUEST,
@@ -263,7 +268,7 @@ CACHE = (
         "Where a prompt's first image begins.", REQUEST_STATE),
     method(f"{_REQUEST}.update_block_hashes", "", "Hashes the blocks after those that are."),
     behaves(f"{_REQUEST}.update_block_hashes", behaviours.block_hashes_are_a_chain,
-            "Approximate blocks are never found by another request.", SCHEDULER_SIDE),
+            "Who asks for exact KV never finds approximate blocks.", TAINTED),
     has("vllm.config:VllmConfig", "lora_config speculative_config", "What is refused."),
     has("vllm.config:ParallelConfig", "decode_context_parallel_size", "What is refused."),
     method("vllm.config:ModelConfig.get_total_num_hidden_layers", "",
