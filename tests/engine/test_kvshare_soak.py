@@ -29,8 +29,8 @@ SPECS = {
     "neutral": NEUTRAL,
     "reordered": f"spf:gamma=0 sarathi:token_budget=150 {BLEND},order=hit_rate",
 }
-# What is stored when a run is idle differs, and with it how many of these there are.
-STORED = {"Segment", "Anchors"}
+# What is stored, and which prompts were blended, differs from idle time to idle time.
+STORED = {"Segment", "Anchors", "Root"}
 # Over the second half. It was 1.7 at most in 2,000 requests and up to 4.3 in 150 beside other work.
 MOST_GROWN_MIB = 10.0
 
