@@ -72,7 +72,7 @@ def measure(args: argparse.Namespace, variant: str, seed: int) -> dict[str, list
     """Return what each kind of prompt took, one entry for each length."""
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in args.kinds}
     settings: dict[str, Any] = {
-        "max_model_len": max(args.lengths) + 64,
+        "max_model_len": max(args.lengths) + TURN + 1,
         "max_num_batched_tokens": 2048,
         "block_size": 32,
         "enable_prefix_caching": variant != UNCACHED,
