@@ -110,7 +110,11 @@ def plain_model(where: Path | None = None) -> Any:
 
 
 def with_predictors(
-    where: Path, sparse_config: dict[str, Any], seed: int = 0, keeps_all: bool = False
+    where: Path,
+    sparse_config: dict[str, Any],
+    seed: int = 0,
+    keeps_all: bool = False,
+    plain: Path | None = None,
 ) -> Path:
     """Make the model with random predictors in a folder of its own.
 
@@ -119,13 +123,14 @@ def with_predictors(
         sparse_config: Of the predictors.
         seed: Of their weights.
         keeps_all: Whether the text predictor keeps every token.
+        plain: The model's folder without predictors, if it is not the module's.
     """
     from safetensors.torch import save_file
 
     from vllm_plugins.visual_tokens.dynamic_llava.predictors import Predictors
     from vllm_plugins.visual_tokens.dynamic_llava.sparse_config import SparseConfig
 
-    for path in folder().iterdir():
+    for path in (plain or folder()).iterdir():
         (where / path.name).write_bytes(path.read_bytes())
     config = json.loads((where / "config.json").read_text())
     torch.manual_seed(seed)
@@ -133,20 +138,21 @@ def with_predictors(
         config["text_config"]["hidden_size"], SparseConfig.of(sparse_config, "test")
     )
     if predictors.text_predictor is not None:
-        _make_undecided(predictors.text_predictor, sparse_config["sparse_layer"], keeps_all)
+        layer, decoder = sparse_config["sparse_layer"], plain_model(plain)
+        _make_undecided(predictors.text_predictor, decoder, layer, keeps_all)
     (where / "predictors").mkdir()
     save_file(predictors.state_dict(), where / "predictors" / "model.safetensors")
     (where / "config.json").write_text(json.dumps(config | {"sparse_config": sparse_config}))
     return where
 
 
-def _make_undecided(predictor: torch.nn.Module, layer: int, keeps_all: bool) -> None:
+def _make_undecided(predictor: torch.nn.Module, model: Any, layer: int, keeps_all: bool) -> None:
     """Make a text predictor drop about half of all tokens, or none."""
     from vllm_plugins.visual_tokens.dynamic_llava.decoder import Decoder
     from vllm_plugins.visual_tokens.dynamic_llava.reference import causal_mask
 
     with torch.no_grad():
-        decoder, positions = Decoder(plain_model()), torch.arange(256)
+        decoder, positions = Decoder(model), torch.arange(256)
         embedded = decoder.embed(10 + torch.randint(50, (1, 256)), None)
         mask = causal_mask(256, embedded)
         hidden = decoder.run(embedded, range(layer), positions[None], mask)

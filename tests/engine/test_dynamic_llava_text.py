@@ -54,23 +54,23 @@ def llm(model):
         yield engine
 
 
-def replayed(model, ask, output):
+def replayed(where, ask, output, **options):
     return reference(
         ask,
         output,
         scorer="predictor",
-        predictors=predictors_of(model),
-        rate=0.3,
+        predictors=predictors_of(where),
         text_keep=True,
         prompt_tokens=len(output.prompt_token_ids),
+        **{"rate": 0.3} | options,
     )
 
 
-def assert_replays(model, asks, outputs):
+def assert_replays(where, asks, outputs, **options):
     """Fail unless logits follow the reference; return how many tokens it kept and forgot."""
     kept = forgotten = 0
     for ask, output in zip(asks, outputs, strict=True):
-        expected = replayed(model, ask, output)
+        expected = replayed(where, ask, output, **options)
         assert worst(output, expected) < 1e-4, ask
         kept += int(expected.decisions.sum())
         forgotten += int((~expected.decisions).sum())

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from vllm_plugins.engine.block_holes.plan import Hole, plan_hole, plan_step, without_rows
 from vllm_plugins.engine.block_holes.view import CompactTables
+from vllm_plugins.engine.policy import Step
 
 SIZES = st.sampled_from([16, 32, 64])
 # A busy machine is no failure.
@@ -196,7 +197,7 @@ class Core:
         self.manager = HoleManager(spec, self.pool, False, 0, 16)
         coordinator = SimpleNamespace(single_type_managers=(self.manager,))
         managers = SimpleNamespace(coordinator=coordinator)
-        self.policy = HolePolicy(lambda span: plan_hole(*span, 20, 16), FREED)
+        self.policy = HolePolicy(lambda span: plan_hole(*span, 20, 16), FREED, "forgetful")
         facts = SchedulerFacts(100, 1, 1, lambda: 0.0, kv_cache_manager=managers)
         self.policy.bind(facts, Metrics([FREED], {}))
 
@@ -205,6 +206,23 @@ class Core:
         feature = SimpleNamespace(mm_position=place)
         self.policy.added(SimpleNamespace(request_id=name, mm_features=[feature]), 0.0)
         self.manager.allocate_new_blocks(name, last + 1, last + 1)
+
+    def schedule(self, **tokens: int) -> Step:
+        """Allot blocks for a step after which requests have so many tokens."""
+        for name, number in tokens.items():
+            wanted = self.manager.get_num_blocks_to_allocate(name, number, (), 0, 0, number)
+            assert wanted == len(self.manager.allocate_new_blocks(name, number, number))
+        step = Step(None, SimpleNamespace(num_scheduled_tokens=tokens), 0.0)
+        self.policy.scheduled(step)
+        return step
+
+    def complete(self, step: Step, **forgotten: int) -> None:
+        """Have the worker tell how many tokens are forgotten after a step."""
+        step.reports = {"forgetful": forgotten}
+        self.policy.completed(step)
+
+    def blocks(self, name: str) -> int:
+        return len(self.manager.req_to_blocks[name])
 
     def compute(self, name: str, tokens: int) -> int:
         """Return how many blocks are given back when so many tokens are computed."""
@@ -225,3 +243,38 @@ def test_two_engines_of_a_process_free_their_own_holes():
     second.policy.forget(["0"])
     first.policy.forget(["0", "never seen"])
     assert not first.manager.holes and not second.manager.holes
+
+
+def test_forgotten_tokens_need_no_blocks():
+    core = Core()
+    core.schedule(a=33, b=16)
+    assert (core.blocks("a"), core.blocks("b")) == (3, 1)
+    # Two steps are scheduled before the first of them is told of.
+    first, second = core.schedule(a=48, b=17), core.schedule(a=49, b=18)
+    assert (core.blocks("a"), core.blocks("b")) == (4, 2)
+    core.complete(first, a=10, b=0)
+    core.complete(second, a=11, b=1)
+    core.schedule(a=75, b=33)
+    assert (core.blocks("a"), core.blocks("b")) == (4, 2)
+    core.schedule(a=76, b=34)
+    assert (core.blocks("a"), core.blocks("b")) == (5, 3)
+
+
+def test_what_is_told_late_of_a_request_that_gave_its_blocks_back_is_nothing_new():
+    core = Core()
+    free = core.pool.get_num_free_blocks()
+    late, later = core.schedule(a=40), core.schedule(a=41, b=5)
+    core.complete(late, a=8)
+    core.manager.free("a")
+    # Computed anew, it has forgotten nothing, while a step from before is still told of.
+    anew = core.schedule(a=41)
+    core.complete(later, a=9, b=0)
+    core.schedule(a=49)
+    assert core.blocks("a") == 4
+    core.complete(anew, a=9)
+    core.schedule(a=73)
+    assert core.blocks("a") == 4
+    for name in ("a", "b"):
+        core.manager.free(name)
+    assert core.pool.get_num_free_blocks() == free
+    assert not len(core.policy._forgotten)

@@ -140,7 +140,6 @@ def test_a_layer_that_the_model_does_not_have_is_refused(config):
         ({"image_keep_rate": 1.5}, "less than or equal to 1"),
         ({"image_scorer": "clip"}, "'predictor', 'attention', 'norm' or 'random'"),
         ({"prune_layer": 0}, "greater than or equal to 1"),
-        ({"text_keep": True, "free_hole_blocks": True}, "do not work together"),
         ({"align": "token"}, "unknown option"),
     ],
 )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
 
+    from vllm_plugins.engine.step_reports import Report
     from vllm_plugins.engine.worker_host import RunnerView
     from vllm_plugins.visual_tokens.dynamic_llava.plugin import Pruning
 
@@ -79,6 +80,13 @@ class DynamicLlavaListener(WorkerListener):
     ) -> AbstractContextManager[Any]:
         """Count what a step drops."""
         return self._counting()
+
+    def report(self) -> Report | None:
+        """Tell the manager of the upper layers' blocks how many answer tokens are forgotten."""
+        if not (self._pruning.frees and self._pruning.text):
+            return None
+        report: Report | None = self._model.text_cache.report()
+        return report
 
 
 def _image_tokens(config: Any) -> int:

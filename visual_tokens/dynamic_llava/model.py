@@ -80,7 +80,7 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.pruning = pruning_of(vllm_config)
-        self.hole_view = TextView() if self.pruning.text else HoleView()
+        self.hole_view = HoleView()
         self.text_cache: TextCache | None = None
         self.freed: FreedBlocks | None = None
         self.managed_size = 0
@@ -88,6 +88,8 @@ class DynamicLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         decoder, cut = self.language_model.model, self.pruning.layer
         layers = list(decoder.layers)
         self.upper_names = attention_names(layers[cut:])
+        if self.pruning.text:
+            self.hole_view = TextView(leader=self.upper_names[0])
         self.predictors = self._make_predictors()
         if self.predictors is not None:
             model = vllm_config.model_config

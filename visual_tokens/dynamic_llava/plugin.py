@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from vllm_plugins.errors import PluginError
 from vllm_plugins.plugin import (
@@ -69,17 +69,9 @@ class DynamicLlavaOptions(Options):
     free_hole_blocks: bool = Field(
         False,
         description="Whether cache blocks of dropped image tokens are given back to other "
-        "requests. Turns prefix caching off.",
+        "requests, and with text_keep none are taken for forgotten tokens. Turns prefix caching "
+        "off.",
     )
-
-    @model_validator(mode="after")
-    def _one_table(self) -> DynamicLlavaOptions:
-        if self.text_keep and self.free_hole_blocks:
-            raise ValueError(
-                "text_keep and free_hole_blocks do not work together: a request's forgotten tokens "
-                "are counted under one block, and with free_hole_blocks it has several tables"
-            )
-        return self
 
 
 @dataclass(frozen=True)
@@ -91,7 +83,7 @@ class Pruning:
         keep_rate: Share of an image's tokens to keep, r_I.
         scorer: What orders them.
         text: Whether answer tokens are forgotten.
-        frees: Whether blocks of dropped tokens are given back.
+        frees: Whether tokens that are dropped or forgotten keep no blocks.
         trained: What the checkpoint says of its predictors, where one is used.
     """
 
@@ -149,7 +141,7 @@ def _pruning(options: DynamicLlavaOptions, config: VllmConfig) -> Pruning:
         rate,
         options.image_scorer,
         options.text_keep,
-        options.free_hole_blocks and rate < 1,
+        options.free_hole_blocks and (rate < 1 or options.text_keep),
         trained if predicts else None,
     )
 
@@ -245,7 +237,7 @@ class DynamicLlavaPlugin(WorkerPlugin, SchedulerPlugin):
             )
 
     def policy(self, options: DynamicLlavaOptions, config: VllmConfig) -> SchedulerPolicy:
-        """Make what has images come whole and, with free_hole_blocks, tells of holes."""
+        """Make what has images come whole and, with free_hole_blocks, knows what needs no block."""
         from vllm_plugins.visual_tokens.dynamic_llava.whole_images import WholeImages
 
         pruning, size = _pruning(options, config), config.cache_config.block_size
@@ -254,7 +246,8 @@ class DynamicLlavaPlugin(WorkerPlugin, SchedulerPlugin):
         from vllm_plugins.engine.block_holes.freeing import HolePolicy
         from vllm_plugins.visual_tokens.dynamic_llava.metrics import FREED
 
-        return HolePolicy(lambda span: pruning.plan_span(span, size), FREED)
+        reporter = NAME if pruning.text else None
+        return HolePolicy(lambda span: pruning.plan_span(span, size), FREED, reporter)
 
     def listener(self, options: DynamicLlavaOptions, config: VllmConfig) -> DynamicLlavaListener:
         """Make the part of one worker."""

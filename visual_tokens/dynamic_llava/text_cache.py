@@ -3,7 +3,11 @@
 A token is always attended to by itself: it is written behind the last token that was kept, and if
 the text predictor does not keep it, the next one is written over it. So all that there is of a
 request is the number of tokens it has forgotten. It lies on the device under the id of the
-request's first block, which no other request has, because prefix caching is refused.
+request's first block, which no other request has, because prefix caching is refused. Where the
+upper layers have several block tables, it lies under the first block of each.
+
+The counters go to the scheduler with each step's result where it is to give no blocks for tokens
+that are forgotten (`block_holes.forgotten`).
 
 Lower layers forget nothing. A request that is computed anew after preemption therefore has the
 same hidden states at layer l, and the predictor forgets the same tokens again.
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +29,15 @@ from vllm.forward_context import get_forward_context
 
 from vllm_plugins.engine.block_holes.plan import without_rows
 from vllm_plugins.engine.block_holes.view import HoleBuilder, HoleView
+from vllm_plugins.engine.host_copy import HostCopy
 from vllm_plugins.visual_tokens.dynamic_llava.predictors import keeps
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.outputs import ModelRunnerOutput
 
     from vllm_plugins.engine.block_holes.plan import StepPlan
+    from vllm_plugins.engine.step_reports import Report
     from vllm_plugins.engine.worker_host import RunnerView
 
 
@@ -38,12 +46,14 @@ class TextView(HoleView):
     """What the upper layers' builders share where answer tokens are forgotten.
 
     Attributes:
-        forgotten: Answer tokens that a request has forgotten, by its first block; int32, shape
-            (blocks,).
+        leader: Name of an upper layer's attention, whose builder tells who is in a step.
+        forgotten: Answer tokens that a request has forgotten, by its first block in each table that
+            these layers have of it; int32, shape (blocks,).
         prompts: Reads the length of each prompt of a step's batch.
-        batch: The step's requests, as the builders left them.
+        batch: The step's requests, as the leader's builder left them.
     """
 
+    leader: str = ""
     forgotten: torch.Tensor | None = None
     prompts: Callable[[CommonAttentionMetadata], np.ndarray] | None = None
     batch: Batch | None = None
@@ -58,27 +68,36 @@ class TextView(HoleView):
 
 @dataclass
 class Batch:
-    """Persistent tensors of a step's requests, so that a captured graph finds them again.
+    """Prompts of a step's requests, in a persistent tensor that a captured graph finds again.
+
+    Attributes:
+        prompts: Length of each prompt; int64, shape (requests,).
+        lengths: The same on the host, int64, of the step's requests without padding.
+    """
+
+    prompts: torch.Tensor
+    lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+
+@dataclass(frozen=True)
+class TableRows:
+    """Persistent tensors of the layers that share a block table.
 
     Attributes:
         firsts: Id of each request's first block, int64, shape (requests,).
-        prompts: Length of each prompt; int64, shape (requests,).
         slots: Of the step's rows, int64, shape (rows,).
         rows: 0, 1, 2, ..., int64, shape (rows,).
     """
 
     firsts: torch.Tensor
-    prompts: torch.Tensor
     slots: torch.Tensor
     rows: torch.Tensor
-    lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
 
     @classmethod
-    def empty(cls, requests: int, rows: int, device: torch.device) -> Batch:
+    def empty(cls, requests: int, rows: int, device: torch.device) -> TableRows:
         """Allocate for so many requests and rows."""
-        integers = {"dtype": torch.int64, "device": device}
+        integers: dict[str, Any] = {"dtype": torch.int64, "device": device}
         return cls(
-            torch.zeros(requests, **integers),
             torch.zeros(requests, **integers),
             torch.full((rows,), -1, **integers),
             torch.arange(rows, **integers),
@@ -89,6 +108,7 @@ class TextBuilder(HoleBuilder):
     """Mixed in before a metadata builder: holes, and sequences shorter by what is forgotten."""
 
     hole_view: TextView
+    text_rows: TableRows | None = None
 
     def build(
         self,
@@ -99,33 +119,48 @@ class TextBuilder(HoleBuilder):
     ) -> Any:
         """Build the metadata of a step, whose new requests have forgotten nothing."""
         if self.hole_view.forgotten is not None:
+            if self.hole_view.leader in self.layer_names:
+                self._text_lead(common_attn_metadata)
             self._text_enter(common_attn_metadata, self.hole_view.forgotten)
         return super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
 
-    def _text_enter(self, common: CommonAttentionMetadata, forgotten: torch.Tensor) -> None:
+    def _text_most(self, requests: int) -> int:
+        """Return how many requests to allocate for, where a step has so many."""
+        scheduler = self.vllm_config.scheduler_config  # type: ignore[attr-defined]
+        return max(requests, int(scheduler.max_num_seqs))
+
+    def _text_lead(self, common: CommonAttentionMetadata) -> None:
         """Remember who is in the step."""
         view, requests = self.hole_view, common.num_reqs
         if view.batch is None:
-            scheduler = self.vllm_config.scheduler_config  # type: ignore[attr-defined]
-            most = max(requests, scheduler.max_num_seqs)
-            rows = max(len(common.slot_mapping), scheduler.max_num_batched_tokens)
-            view.batch = Batch.empty(most, rows, self.device)
+            most = self._text_most(requests)
+            view.batch = Batch(torch.zeros(most, dtype=torch.int64, device=self.device))
         assert view.prompts is not None
-        batch, lengths = view.batch, view.prompts(common)[:requests]
-        firsts = batch.firsts[:requests].copy_(common.block_table_tensor[:requests, 0])
-        batch.lengths = lengths.astype(np.int64)
-        batch.prompts[: len(lengths)].copy_(torch.from_numpy(batch.lengths), non_blocking=True)
+        lengths = view.prompts(common)[:requests].astype(np.int64)
+        view.batch.lengths = lengths
+        view.batch.prompts[: len(lengths)].copy_(torch.from_numpy(lengths), non_blocking=True)
+
+    def _text_enter(self, common: CommonAttentionMetadata, forgotten: torch.Tensor) -> None:
+        """Remember where the step's requests are counted, and begin with those that begin."""
+        requests = common.num_reqs
+        if self.text_rows is None:
+            scheduler = self.vllm_config.scheduler_config  # type: ignore[attr-defined]
+            rows = max(len(common.slot_mapping), scheduler.max_num_batched_tokens)
+            self.text_rows = TableRows.empty(self._text_most(requests), rows, self.device)
+        firsts = self.text_rows.firsts[:requests].copy_(common.block_table_tensor[:requests, 0])
         fresh = common.seq_lens[:requests] == common.query_start_loc[: requests + 1].diff()
         forgotten[firsts] = forgotten[firsts].masked_fill_(fresh, 0)
 
     def hole_compact(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """Return a step's metadata with the tables, lengths and slots that these layers see."""
-        batch, forgotten = self.hole_view.batch, self.hole_view.forgotten
-        assert batch is not None and forgotten is not None
-        seen = super().hole_compact(common)
-        seen.seq_lens -= forgotten[batch.firsts[: common.num_reqs]]
-        slots = batch.slots[: len(common.slot_mapping)]
-        mine = self._text_slots(seen, batch.rows[: len(slots)])
+        own, forgotten = self.text_rows, self.hole_view.forgotten
+        assert own is not None and forgotten is not None
+        held = copy(common)
+        # Behind what is held a table may have nothing, or what another request has left there.
+        held.seq_lens = common.seq_lens - forgotten[own.firsts[: common.num_reqs]]
+        seen = super().hole_compact(held)
+        slots = own.slots[: len(common.slot_mapping)]
+        mine = self._text_slots(seen, own.rows[: len(slots)])
         # Padding has no slot.
         slots.copy_(torch.where(common.slot_mapping < 0, common.slot_mapping, mine))
         seen.slot_mapping = slots
@@ -149,8 +184,8 @@ class TextBuilder(HoleBuilder):
         self, common: CommonAttentionMetadata, seen: CommonAttentionMetadata, rows: torch.Tensor
     ) -> torch.Tensor:
         """Return the slots of the rows that are left, shape (m,)."""
-        assert self.hole_view.batch is not None
-        return self._text_slots(seen, self.hole_view.batch.rows[: len(rows)])
+        assert self.text_rows is not None
+        return self._text_slots(seen, self.text_rows.rows[: len(rows)])
 
 
 class TextCache:
@@ -181,14 +216,14 @@ class TextCache:
     @contextmanager
     def own_slots(self) -> Iterator[None]:
         """Let the upper layers write behind what they have kept, where all rows go on."""
-        context, batch = get_forward_context(), self._view.batch
-        if self.step is None or batch is None:
+        context = get_forward_context()
+        if self.step is None:
             yield
             return
         before = context.slot_mapping
         mine: dict[str, Any] = dict(before)
         for name in self._layers:
-            mine[name] = batch.slots[: len(mine[name])]
+            mine[name] = self._view.builder_of(name).text_rows.slots[: len(mine[name])]
         context.slot_mapping = mine
         try:
             yield
@@ -265,6 +300,28 @@ class TextCache:
 
     def _forget(self, counts: torch.Tensor) -> None:
         """Add to the counters of the step's requests, int32, shape (requests,)."""
+        forgotten = self._view.forgotten
+        assert forgotten is not None
+        builders = {id(found): found for found in map(self._view.builder_of, self._layers)}
+        for builder in builders.values():
+            forgotten.index_add_(0, builder.text_rows.firsts[: len(counts)], counts)
+
+    def report(self) -> Report | None:
+        """Begin to tell how many tokens each request of the last step has forgotten by now.
+
+        Returns:
+            What waits for the counters and reads them, by the names of a result's requests; None
+            if there was no step yet.
+        """
         view = self._view
-        assert view.forgotten is not None and view.batch is not None
-        view.forgotten.index_add_(0, view.batch.firsts[: len(counts)], counts)
+        if view.forgotten is None or view.batch is None:
+            return None
+        firsts = view.builder_of(self._layers[0]).text_rows.firsts[: len(view.batch.lengths)]
+        counters = HostCopy(view.forgotten[firsts])
+
+        def read(output: ModelRunnerOutput) -> dict[str, int]:
+            counters.wait()
+            [counts] = counters.arrays()
+            return dict(zip(output.req_ids, counts.tolist(), strict=True))
+
+        return read

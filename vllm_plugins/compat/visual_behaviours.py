@@ -40,6 +40,14 @@ def a_kind_of_cache_has_its_own_manager() -> None:
     expect(stock is FullAttentionManager, f"full attention is served by {stock}")
 
 
+def blocks_are_popped_before_they_are_freed() -> None:
+    """A manager pops a request's blocks to free them, and others pop them to free them later."""
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+
+    source = inspect.getsource(SingleTypeKVCacheManager.free)
+    expect("self.pop_blocks_for_free(" in source, "blocks are freed without being popped")
+
+
 def _float() -> object:
     import torch
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from vllm_plugins.compat import visual_behaviours as behaviours
 from vllm_plugins.compat.contract import (
+    REST_ANY,
     REST_OPTIONAL,
     Contract,
     behaves,
@@ -62,6 +63,18 @@ FREED = (
     method(f"{_MANAGERS}:FullAttentionManager.remove_skipped_blocks",
            "request_id, processed_computed_tokens, num_prompt_tokens",
            "Overridden: asked before each step of a request.", FREEING),
+    method(f"{_MANAGERS}:FullAttentionManager.get_num_blocks_to_allocate",
+           f"request_id, num_tokens, {REST_ANY}",
+           "Overridden: forgotten tokens need no slot.", FREEING),
+    method(f"{_MANAGERS}:FullAttentionManager.allocate_new_blocks",
+           "request_id, num_tokens, num_tokens_main_model",
+           "Overridden: forgotten tokens need no slot.", FREEING),
+    method(f"{_MANAGERS}:FullAttentionManager.pop_blocks_for_free", "request_id",
+           "Overridden: called whenever a request gives its blocks back.", FREEING),
+    behaves(f"{_MANAGERS}:FullAttentionManager.free",
+            behaviours.blocks_are_popped_before_they_are_freed,
+            "A request that is preempted or gone is forgotten with its blocks.", FREEING),
+    is_class("vllm.v1.core.kv_cache_utils:KVCacheBlock", "What is allotted."),
     has("vllm.v1.core.kv_cache_manager:KVCacheManager", "coordinator",
         "Leads to the managers of each kind of layers.", FREEING),
     has("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator", "single_type_managers",

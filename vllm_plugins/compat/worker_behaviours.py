@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import pickle
 import textwrap
 from collections.abc import Iterator
 from importlib import import_module
@@ -53,6 +54,16 @@ def _module_source(name: str) -> str:
     expect(spec is not None and spec.origin is not None, f"there is no {name}")
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).read_text()
+
+
+def results_carry_reports() -> None:
+    """A step's result keeps an attribute of ours when executors pickle it."""
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    from vllm_plugins.engine.step_reports import reports_of, with_reports
+
+    told = with_reports(ModelRunnerOutput(["a"], {"a": 0}), {"name": lambda output: output.req_ids})
+    expect(reports_of(pickle.loads(pickle.dumps(told))) == {"name": ["a"]}, "reports are lost")
 
 
 def _calls(tree: ast.AST, name: str) -> Iterator[ast.Call]:

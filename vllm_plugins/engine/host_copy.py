@@ -33,6 +33,11 @@ class HostCopy:
         """Whether the copies are complete."""
         return self._done is None or self._done.query()
 
+    def wait(self) -> None:
+        """Wait until the copies are complete."""
+        if self._done is not None:
+            self._done.synchronize()
+
     def arrays(self) -> list[np.ndarray]:
         """Return the copies, once they are here."""
         return [copy.numpy() for copy in self._copies]

@@ -15,7 +15,7 @@ that stays vLLM's own code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -154,6 +154,7 @@ class Step:
         finished_at: Time in seconds at which its tokens were handed out.
         emitted: Requests that got new tokens from it.
         notes: Room for what a policy wants to remember from planning until completion.
+        reports: What workers' parts of plug-ins told with the step's result, by the plug-in's name.
     """
 
     plan: StepPlan
@@ -163,6 +164,7 @@ class Step:
     finished_at: float = 0.0
     emitted: Sequence[str] = ()
     notes: dict[str, Any] = field(default_factory=dict)
+    reports: Mapping[str, Any] = field(default_factory=dict)
 
 
 class SchedulerPolicy:

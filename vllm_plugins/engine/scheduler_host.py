@@ -27,6 +27,7 @@ from vllm_plugins.engine.policy import (
     WaitingKey,
     prefill_left,
 )
+from vllm_plugins.engine.step_reports import reports_of
 from vllm_plugins.engine.waiting_queue import KeyedRequestQueue
 from vllm_plugins.metrics import ACTIVE, Metrics, engine_labels
 from vllm_plugins.plugin import SchedulerPlugin
@@ -205,6 +206,7 @@ class _PolicyHost(Scheduler):
         step = self._plugin_take_step(scheduler_output)
         if step is not None:
             self._plugin_time(step, ran_until)
+            step.reports = reports_of(model_runner_output)
             step.emitted = [
                 item.request_id
                 for client in outputs.values()

@@ -20,6 +20,7 @@ from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_plugins.engine.attention_host import plugin_attention
+from vllm_plugins.engine.step_reports import with_reports
 from vllm_plugins.errors import PluginError
 from vllm_plugins.plugin import WorkerPlugin
 from vllm_plugins.settings import enabled_plugins
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.worker.utils import AttentionGroup
+
+    from vllm_plugins.engine.step_reports import Report
 
 # Device types whose worker the host knows, as vLLM's platforms name it in their own defaults.
 PLATFORM_WORKERS = {
@@ -149,6 +152,13 @@ class WorkerListener:
         """Return a context that encloses one step of the model."""
         return nullcontext()
 
+    def report(self) -> Report | None:
+        """Begin to tell the plug-in's part in the scheduler of the step just run, if it is to know.
+
+        Policies find it in `Step.reports`. Nothing here may wait for the device.
+        """
+        return None
+
     def shutdown(self) -> None:
         """Release what the listener holds; the worker ends."""
 
@@ -163,11 +173,12 @@ class WorkerHost:
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         self.plugin_config = vllm_config
         self.plugin_enabled = enabled_plugins(vllm_config)
-        self.plugin_listeners: list[WorkerListener] = [
-            item.plugin.listener(item.options, vllm_config)
+        self.plugin_by_name: dict[str, WorkerListener] = {
+            item.plugin.name: item.plugin.listener(item.options, vllm_config)
             for item in self.plugin_enabled
             if isinstance(item.plugin, WorkerPlugin)
-        ]
+        }
+        self.plugin_listeners = list(self.plugin_by_name.values())
 
     def init_device(self) -> None:
         """Initialise the device with vLLM's own method."""
@@ -215,6 +226,12 @@ class WorkerHost:
             for listener in self.plugin_listeners:
                 stack.enter_context(listener.around_execute_model(scheduler_output))
             yield
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Draw a step's tokens with vLLM's own method; the listeners' reports go with them."""
+        output = super().sample_tokens(grammar_output)  # type: ignore[misc]
+        told = ((name, listener.report()) for name, listener in self.plugin_by_name.items())
+        return with_reports(output, {name: report for name, report in told if report is not None})
 
     def shutdown(self) -> None:
         """Let the listeners release what they hold, then shut the worker down."""

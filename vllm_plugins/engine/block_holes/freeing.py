@@ -6,6 +6,10 @@ request's media lie. The worker is not told at all: it writes the null block int
 where it makes holes, and the view takes the null block for a hole
 (`view.HoleView.null_is_hole`), for a block that is freed may soon be another request's.
 
+Where these layers forget tokens too (`forgotten.Forgotten`), they use the first slots of a table
+and no more, and get blocks for the tokens that are not known to be forgotten. Their tables are then
+shorter than the sequences; what the runner makes of the positions behind is not read.
+
 Prefix caching has to be off: a later request would find blocks of the lower layers without those
 of the upper.
 """
@@ -25,15 +29,17 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
+from vllm_plugins.engine.block_holes.forgotten import Forgotten, write
 from vllm_plugins.engine.policy import SchedulerPolicy
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
     from vllm_plugins.engine.block_holes.plan import Hole, Span, StepPlan
-    from vllm_plugins.engine.policy import SchedulerFacts
+    from vllm_plugins.engine.policy import SchedulerFacts, Step
     from vllm_plugins.engine.worker_host import RunnerView
     from vllm_plugins.metrics import Metrics, MetricSpec
 
@@ -41,14 +47,56 @@ if TYPE_CHECKING:
 KVCacheSpecRegistry._ensure_registered()  # noqa: SLF001
 
 
+CELLS = "forgotten"
+"""Under which a step's notes have the cells of its requests."""
+
+
 class HoleManager(FullAttentionManager):
     """Full attention whose holes are freed once their media item is computed.
 
     Attributes:
         holes: Of the requests that the engine's core holds; its policy's own.
+        forgotten: Tokens that need no slot; its policy's own.
     """
 
     holes: Mapping[str, Sequence[Hole]] = MappingProxyType({})
+    forgotten: Forgotten = Forgotten()
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> int:
+        """Return how many blocks a request needs besides those that it has.
+
+        Args:
+            request_id: The request.
+            num_tokens: Its tokens after the step, of which forgotten ones need no slot.
+            *args: vLLM's own.
+            **kwargs: vLLM's own.
+        """
+        needed = num_tokens - self.forgotten.of(request_id)
+        return int(super().get_num_blocks_to_allocate(request_id, needed, *args, **kwargs))
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Give a request the blocks that it needs, and return them.
+
+        Args:
+            request_id: The request.
+            num_tokens: Its tokens after the step, of which forgotten ones need no slot.
+            num_tokens_main_model: Unused.
+        """
+        needed = num_tokens - self.forgotten.of(request_id)
+        new: list[KVCacheBlock] = super().allocate_new_blocks(
+            request_id, needed, num_tokens_main_model
+        )
+        return new
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Let a request give its blocks back; computed anew, it has forgotten nothing."""
+        self.forgotten.leave(request_id)
+        blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
+        return blocks
 
     def remove_skipped_blocks(
         self,
@@ -103,14 +151,19 @@ class HolePolicy(SchedulerPolicy):
     Args:
         plan_span: Plans the hole of a span, as the worker does.
         held: Gauge of blocks that requests would hold, but that are holes.
+        reporter: Plug-in whose workers report, by request, how many tokens are forgotten.
     """
 
     whole_media = True
 
-    def __init__(self, plan_span: Callable[[Span], Hole], held: MetricSpec) -> None:
+    def __init__(
+        self, plan_span: Callable[[Span], Hole], held: MetricSpec, reporter: str | None = None
+    ) -> None:
         self._plan_span = plan_span
         self._held = held
+        self._reporter = reporter
         self._holes: dict[str, Sequence[Hole]] = {}
+        self._forgotten = Forgotten()
         self.metrics = (held,)
 
     def bind(self, facts: SchedulerFacts, metrics: Metrics) -> None:
@@ -120,6 +173,7 @@ class HolePolicy(SchedulerPolicy):
         managers = [manager for manager in every if isinstance(manager, HoleManager)]
         for manager in managers:
             manager.holes = self._holes
+            manager.forgotten = self._forgotten
         # Layers that see holes are as many groups as the others' number makes of them.
         self._groups = len(managers)
 
@@ -134,6 +188,16 @@ class HolePolicy(SchedulerPolicy):
         if holes:
             self._holes[request.request_id] = holes
             self._count()
+
+    def scheduled(self, step: Step) -> None:
+        """Remember for whom the step's report will be."""
+        if self._reporter is not None:
+            step.notes[CELLS] = self._forgotten.take(step.output.num_scheduled_tokens)
+
+    def completed(self, step: Step) -> None:
+        """Learn how many tokens are forgotten."""
+        if self._reporter is not None and self._reporter in step.reports:
+            write(step.notes[CELLS], step.reports[self._reporter])
 
     def forget(self, request_ids: Collection[str]) -> None:
         """Drop the holes of requests that are gone."""

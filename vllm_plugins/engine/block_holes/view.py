@@ -121,18 +121,20 @@ class HoleBuilder:
     ) -> Any:
         """Build the metadata of these layers from the table without holes.
 
-        Blocks that the step writes are holes no more, unless `hide` says so later in the step.
+        Blocks that the step writes are holes no more, unless `hole_hide` says so later in the step.
         """
         self.hole_step = common_attn_metadata
         self.hole_view.built.update(dict.fromkeys(self.layer_names, self))
         if self.hole_flags is None:
             return self._hole_build(common_attn_metadata, fast_build, **kwargs)
-        block_size = self.kv_cache_spec.block_size
-        # Padding has slot -1, which stands for the null block.
-        written = common_attn_metadata.slot_mapping.clamp_min(0) // block_size
-        self.hole_flags[written] = False
         if self.hole_view.null_is_hole:
+            # What an earlier step has hidden is the null block by now.
+            self.hole_flags.zero_()
             self.hole_flags[: self.hole_split] = True
+        else:
+            # Padding has slot -1, which stands for the null block.
+            slots = common_attn_metadata.slot_mapping.clamp_min(0)
+            self.hole_flags[slots // self.kv_cache_spec.block_size] = False
         return self._hole_build(self.hole_compact(common_attn_metadata), fast_build, **kwargs)
 
     def _hole_build(self, common: CommonAttentionMetadata, fast: bool, **kwargs: Any) -> Any:
