@@ -1,13 +1,14 @@
 """What Dynamic-LLaVA saves and what it costs: first tokens, cache pages, and right answers.
 
     python benchmarks/dynamic_llava.py ttft [--layers 16] [--width 512] [--rounds 5] [--out F.json]
-    python benchmarks/dynamic_llava.py memory [--requests 8] [--out F.json]
+    python benchmarks/dynamic_llava.py memory [--requests 8] [--answer 256] [--out F.json]
     python benchmarks/dynamic_llava.py accuracy [--images 50] [--out F.json]
 
 `ttft` times the first token of a prompt that is one image of 576 tokens and a short question, on a
 random LLaVA, stock and at several keep rates, which take turns, each in an engine of its own.
-`memory` counts the bytes of cache that requests hold in the middle of their answers. `accuracy`
-asks the scenes models questions, at several keep rates and with every scorer, through the engine.
+`memory` counts the bytes of cache that requests hold where their answers begin and after so many
+tokens, with answer tokens forgotten too, about half of them. `accuracy` asks the scenes models
+questions, at several keep rates and with every scorer, through the engine.
 """
 
 from __future__ import annotations
@@ -67,22 +68,21 @@ def random_llava(args: argparse.Namespace) -> Path:
     return tiny_llava(width=args.width, layers=args.layers, positions=1024, pixels=PIXELS)
 
 
-def with_predictors(args: argparse.Namespace) -> Path:
-    """Return the random LLaVA with a random image predictor beside it.
+def with_predictors(args: argparse.Namespace, **values: Any) -> Path:
+    """Return the random LLaVA with random predictors beside it.
 
-    The predictor is to the model what the published one is to a 7B model: 512 of 4,096 channels
-    and two blocks, so that its share of the time is of the same kind.
+    The predictors are to the model what the published ones are to a 7B model: 512 of 4,096 channels
+    and two blocks, so that their share of the time is of the same kind.
+
+    Args:
+        args: Of the command line.
+        **values: Of the checkpoint's ``sparse_config``, beside the sizes.
     """
     from build_once import CACHE, build_once
 
     plain = random_llava(args)
     width = args.width // 8
-    values = {
-        "d_model": width,
-        "nhead": max(1, width // 64),
-        "dim_feedforward": 4 * width,
-        "text_keep_rate": 1.0,
-    }
+    values |= {"d_model": width, "nhead": max(1, width // 64), "dim_feedforward": 4 * width}
     stamp = json.loads((plain / "made_from.json").read_text())
     made_from = {"plain": stamp, "sparse_config": values}
 
@@ -98,9 +98,31 @@ def with_predictors(args: argparse.Namespace) -> Path:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {KEY: sparse.model_dump()}))
         torch.manual_seed(0)
-        save_predictors(folder, Predictors(args.width, sparse), torch.float32)
+        predictors = Predictors(args.width, sparse)
+        if predictors.text_predictor is not None:
+            make_undecided(predictors.text_predictor, plain, sparse.sparse_layer)
+        save_predictors(folder, predictors, torch.float32)
 
-    return build_once(CACHE / f"{plain.name}-predictors", made_from, build)
+    kind = "text" if values["text_keep_rate"] < 1 else "image"
+    return build_once(CACHE / f"{plain.name}-{kind}-predictors", made_from, build)
+
+
+def make_undecided(predictor: Any, plain: Path, layer: int) -> None:
+    """Have a random text predictor keep about half of a text of random tokens."""
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    from vllm_plugins.visual_tokens.dynamic_llava.decoder import Decoder
+    from vllm_plugins.visual_tokens.dynamic_llava.reference import causal_mask
+
+    length = 256
+    with torch.no_grad():
+        decoder = Decoder(LlavaForConditionalGeneration.from_pretrained(plain, dtype=torch.float32))
+        embedded = decoder.embed(torch.randint(10, 60, (1, length)), None)
+        mask = causal_mask(length, embedded)
+        hidden = decoder.run(embedded, range(layer), torch.arange(length)[None], mask)
+        keep, drop = predictor(hidden)[0].unbind(-1)
+        predictor.head[-1].bias[0] -= (keep - drop).median()
 
 
 def seconds(llm: Any, prompts: list[dict[str, Any]]) -> list[float]:
@@ -121,7 +143,8 @@ def seconds(llm: Any, prompts: list[dict[str, Any]]) -> list[float]:
 
 def ttft(args: argparse.Namespace) -> dict[str, Any]:
     """Time first tokens, variant by variant and round by round."""
-    model = with_predictors(args) if args.scorer == "predictor" else random_llava(args)
+    predicts = args.scorer == "predictor"
+    model = with_predictors(args, text_keep_rate=1.0) if predicts else random_llava(args)
     variants = {STOCK: None} | {f"keep {r:g}": plugin(r, args.scorer) for r in args.rates}
     rounds: list[dict[str, list[float]]] = []
     for number in range(args.rounds):
@@ -158,39 +181,69 @@ def compared(rounds: list[dict[str, list[float]]]) -> dict[str, Any]:
     return summary
 
 
-def held_bytes(llm: Any, requests: int) -> int:
-    """Return the bytes of cache that requests hold once all of them decode."""
+def held_bytes(llm: Any, requests: int, answer: int) -> tuple[int, int]:
+    """Return the bytes of cache that requests hold once all of them decode, and at the end.
+
+    Args:
+        llm: The engine.
+        requests: Their number.
+        answer: Tokens that each of them has generated by then.
+    """
     from vllm import SamplingParams
 
     core = llm.llm_engine.engine_core.engine_core
     pool = core.scheduler.kv_cache_manager.block_pool
     caches = {cache.data_ptr(): cache.nbytes for cache in worker(llm).model_runner.kv_caches}
     for i in range(requests):
-        params = SamplingParams(max_tokens=32, ignore_eos=True)
+        # None may end before the last of them is so far.
+        params = SamplingParams(max_tokens=answer + requests, ignore_eos=True)
         llm.llm_engine.add_request(str(i), asked(i), params)
-    while any(r.num_output_tokens < 2 for r in core.scheduler.running) or core.scheduler.waiting:
-        llm.llm_engine.step()
-    used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+
+    def held_after(tokens: int) -> int:
+        scheduler = core.scheduler
+        while scheduler.waiting or any(r.num_output_tokens < tokens for r in scheduler.running):
+            llm.llm_engine.step()
+        assert len(scheduler.running) == requests
+        used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        return int(used * sum(caches.values()) // pool.num_gpu_blocks)
+
+    found = held_after(2), held_after(answer)
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
-    return int(used * sum(caches.values()) // pool.num_gpu_blocks)
+    return found
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
-    """Count what requests hold, stock and with blocks given back."""
-    model = random_llava(args)
+    """Count what requests hold, stock, with blocks given back, and with tokens forgotten."""
+    plain = random_llava(args)
+    halves = {"image_keep_rate": 1.0, "text_keep_rate": 0.5, "sparse_layer": args.prune_layer}
+    forgetful = with_predictors(args, **halves)
+    variants: dict[str, tuple[Path, list[str]]] = {STOCK: (plain, [])}
+    for rate in (r for r in args.rates if r < 1):
+        freeing = {"prune_layer": args.prune_layer, "free_hole_blocks": "true"}
+        variants[f"keep {rate:g}"] = plain, [plugin(rate, args.scorer, **freeing)]
+        spec = plugin(rate, args.scorer, **freeing, text_keep="true")
+        variants[f"keep {rate:g} and forget"] = forgetful, [spec]
     more = {"max_num_seqs": args.requests, "enable_prefix_caching": False}
-    held = {}
-    freeing = {"prune_layer": args.prune_layer, "free_hole_blocks": "true"}
-    for rate in (None, *(r for r in args.rates if r < 1)):
-        spec = [] if rate is None else [plugin(rate, args.scorer, **freeing)]
-        name = STOCK if rate is None else f"keep {rate:g}"
+    first, last = {}, {}
+    for name, (model, spec) in variants.items():
         with engine(model, *spec, **settings(**more)) as llm:
-            held[name] = held_bytes(llm, args.requests)
-        print(f"{name:10} {held[name] / 2**20:.1f} MiB", flush=True)
-    shape = {"layers": args.layers, "width": args.width, "prune_layer": args.prune_layer}
-    share = {name: size / held[STOCK] for name, size in held.items()}
-    return {"shape": shape, "requests": args.requests, "held_bytes": held, "share_of_stock": share}
+            first[name], last[name] = held_bytes(llm, args.requests, args.answer)
+        print(f"{name:20} {first[name] / 2**20:.1f}, {last[name] / 2**20:.1f} MiB", flush=True)
+    return {
+        "shape": {"layers": args.layers, "width": args.width, "prune_layer": args.prune_layer},
+        "requests": args.requests,
+        "held_bytes": first,
+        "share_of_stock": shares(first),
+        "answer_tokens": args.answer,
+        "held_bytes_after_answers": last,
+        "share_of_stock_after_answers": shares(last),
+    }
+
+
+def shares(held: dict[str, int]) -> dict[str, float]:
+    """Return what is held as a share of what stock holds."""
+    return {name: size / held[STOCK] for name, size in held.items()}
 
 
 def accuracy(args: argparse.Namespace) -> dict[str, Any]:
@@ -284,6 +337,7 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--prune-layer", type=int, default=2, help="of `memory`")
     parser.add_argument("--requests", type=int, default=8, help="of `memory`")
+    parser.add_argument("--answer", type=int, default=256, help="tokens, of `memory`")
     parser.add_argument("--prompts", type=int, default=5, help="of `ttft`, in a round")
     parser.add_argument("--rounds", type=int, default=4, help="of `ttft`")
     parser.add_argument("--images", type=int, default=50, help="of `accuracy`")

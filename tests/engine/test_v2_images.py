@@ -14,6 +14,7 @@ SELECTED = {
         "stock or batch or preemption or structured",
     ),
     "forgetting": ("engine/test_dynamic_llava_text.py", "-k", "equation_6 or preemption"),
+    "forgetting-ahead": ("v2/forgetting_cases.py",),
     "freed-holes": ("engine/test_dynamic_llava_memory.py", "-k", "freed_blocks"),
     "epd": ("v2/epd_cases.py",),
     "specvlm": ("engine/test_specvlm.py", "-k", "answers and (off or text_only)"),

@@ -177,6 +177,10 @@ def test_answers_that_are_forgotten_in_part(arguments, tmp_path):
         with ThreadPoolExecutor(4) as pool:
             assert list(pool.map(lambda i: text(chat(forgetful, content(i))), range(4))) == alone
         assert len(set(alone)) > 1 and dropped(forgetful) > 0
+    both = ("--plugin", "dynamic_llava:text_keep=true,free_hole_blocks=true")
+    ranks = ("--tensor-parallel-size", "2")
+    with served(model, *arguments, *both, *ranks) as two, ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda i: text(chat(two, content(i))), range(4))) == alone
 
 
 @pytest.mark.parametrize(

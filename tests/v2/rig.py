@@ -9,7 +9,7 @@ kernels interpreted: everything else, the runner with its kernels, states, block
 is vLLM's own, unmodified. Servers and workers that tests start inherit it.
 
 What this cannot show: compiled kernels, graphs, and streams that overlap. Steps are scheduled ahead
-only in `async_cases.py`, for vLLM's CPU platform turns that off.
+only in `async_cases.py` and what takes its fixture, for vLLM's CPU platform turns that off.
 """
 
 import dataclasses
