@@ -169,10 +169,15 @@ def test_settings_that_it_cannot_serve_are_refused(config, path, value, message)
 def test_freeing_needs_tables_of_ones_own(config):
     options = NORM | {"free_hole_blocks": True}
     shared = changed(config, "scheduler_config.disable_hybrid_kv_cache_manager", True)
-    assert check(shared, **options) == (
+    refusal = check(shared, **options)
+    assert refusal == (
         "--plugin dynamic_llava: free_hole_blocks=true with --disable-hybrid-kv-cache-manager: all "
         "layers would have one block table; drop one of the two"
     )
+    # Forgotten tokens need none either, though no image token be dropped.
+    forgets = {"text_keep": True, "free_hole_blocks": True, "image_keep_rate": 1.0}
+    assert check(with_predictors(shared), **forgets) == refusal
+    assert check(with_predictors(config), **forgets) == ""
 
 
 @pytest.mark.parametrize(
