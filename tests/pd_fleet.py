@@ -79,6 +79,8 @@ class Traces:
 def kill(server: Served) -> Traces:
     """Kill all processes of a server at once, and return where traces of it could be."""
     group = server.process.pid
+    # What they are at does not end while their traces are looked for.
+    os.killpg(group, signal.SIGSTOP)
     traces = Traces(group, shared_files(group), int(server.url.rsplit(":", 1)[1]))
     os.killpg(group, signal.SIGKILL)
     server.process.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import itertools
 import json
 import threading
@@ -22,12 +23,22 @@ from tests.pd_fleet import (
     await_empty,
     stalled,
 )
-from tests.pd_servers import nothing_more, post, prompt, router, stopped, until
+from tests.pd_servers import (
+    nothing_more,
+    post,
+    prompt,
+    router,
+    router_process,
+    stopped,
+    until,
+)
 from tests.wire_faults import DOWN
 
 # Prompts of a scene are in nobody's prefix cache.
 _SCENES = itertools.count(1)
-OPTIONS = ("--retries", "3", "--probe-s", "0.5", "--lease-s", str(LEASE_S))
+# An instance that is stopped for some seconds is not down.
+OPTIONS = ("--retries", "3", "--probe-s", "0.5", "--lease-s", str(LEASE_S),
+           "--fail-threshold", "20")  # fmt: skip
 # How many requests, of how many tokens, with an answer of how many. Short prompts wait for no pull.
 PHASES = {
     "pulled": (8, 1600, 8), "generating": (4, 40, 1000), "computing": (6, 1632, 8),
@@ -84,15 +95,17 @@ class Scene:
                 text = line.decode().removeprefix("data: ").strip()
                 if text == "[DONE]":
                     return found
-                begun, choices = bool(found), json.loads(text)["choices"]
+                begun, choices = len(found) > 1, json.loads(text).get("choices")
+                if choices is None:
+                    raise OSError(text)
                 found += [token for one in choices for token in one.get("token_ids") or []]
-                if found and not begun:
+                if len(found) > 1 and not begun:
                     self._begun.release()
         raise OSError("the answer broke off")
 
-    def all_begun(self, phase: str) -> None:
-        """Wait until each request of a phase has its first token."""
-        for _ in self.answers[phase]:
+    def await_begun(self, count: int) -> None:
+        """Wait until so many more answers have their second token, which decode instances make."""
+        for _ in range(count):
             assert self._begun.acquire(timeout=60)
 
     def expected(self, phase: str, engine: Member) -> list[list[int]]:
@@ -124,21 +137,30 @@ def routed(
     """Run a router in front of instances, for scenes of a kind."""
     urls = [one.server.url for one in prefill], [one.server.url for one in decode]
     words = ("--prefill", *urls[0], "--decode", *urls[1], *OPTIONS, *options)
-    with ThreadPoolExecutor(20) as pool, router(log, *words) as url:
+    at_once = sum(count for count, _, _ in kind.phases.values())
+    with ThreadPoolExecutor(at_once) as pool, router(log, *words) as url:
         yield kind(prefill, decode, url, pool)
 
 
 @contextlib.contextmanager
-def in_every_phase(scene: Scene) -> Iterator[None]:
-    """Bring requests into every phase at the first prefill and the first decode instance."""
-    with pulled_and_generating(scene):
-        compute(scene)
+def in_every_phase(scene: Scene, *, stop_prefill: bool = False) -> Iterator[None]:
+    """Bring requests into every phase at the first prefill and the first decode instance.
+
+    With ``stop_prefill`` the prefill instances are stopped too, so that no prompt is computed.
+    """
+    with pulled_and_generating(scene), contextlib.ExitStack() as stack:
+        stack.enter_context(computing(scene))
+        if not stop_prefill:
+            stack.close()
         yield
 
 
 @contextlib.contextmanager
 def pulled_and_generating(scene: Scene) -> Iterator[None]:
-    """Let pulls stall amid their blocks while others wait for theirs, are held, or generate."""
+    """Let pulls stall amid their blocks while others wait for theirs, are held, or generate.
+
+    The decode instance is stopped for the length of the block.
+    """
     source, reader = scene.prefill[0], scene.decode[0]
     with stalled([source]):
         before = source.proxy.carried[DOWN]
@@ -149,20 +171,22 @@ def pulled_and_generating(scene: Scene) -> Iterator[None]:
         held = 3 * scene.phases["pulled"][1] / TOKENS_OF_A_BLOCK
         until(lambda: source.metric("held_blocks") >= held, 60)
         scene.ask("generating")
-        scene.all_begun("generating")
-        # The gauge comes some time after the tokens.
-        until(lambda: reader.metric("vllm:num_requests_running") >= 1, 30)
-        yield
+        scene.await_begun(len(scene.answers["generating"]))
+        # On a busy machine their answers could end before the block does.
+        with stopped(reader.server):
+            yield
 
 
-def compute(scene: Scene) -> None:
-    """Give the first prefill instance prompts to compute, among others."""
+@contextlib.contextmanager
+def computing(scene: Scene) -> Iterator[None]:
+    """Give the first prefill instance prompts, among others; it goes on when the block ends."""
     source = scene.prefill[0]
     # Of two that compute meanwhile the one with less to do would be asked alone.
     others = scene.requests_at(source)
     with stopped(*(one.server for one in scene.prefill)):
         scene.ask("computing")
         until(lambda: scene.requests_at(source) > others, 30)
+        yield
 
 
 @contextlib.contextmanager
@@ -173,3 +197,25 @@ def nothing_of_it_left(survivors: Sequence[Member]) -> Iterator[None]:
             stack.enter_context(nothing_more(one.server, LEASE_S + 15))
         yield
         await_empty(survivors, LEASE_S + 5)
+
+
+def kill_router(scene: Scene) -> None:
+    """Kill the router amid all answers; whoever waits for one hears that there will be none."""
+    answers = [answer for of in scene.answers.values() for answer in of]
+    assert not any(one.done() for one in answers)
+    process = router_process(scene.url)
+    process.kill()
+    process.wait(10)
+    for one in answers:
+        assert isinstance(one.exception(), OSError | http.client.HTTPException)
+
+
+def serves_again(
+    survivors: Sequence[Member], folder: Path, *options: str, kind: type[Scene] = Scene
+) -> None:
+    """Check that a new router in front of the same instances gives the right answers."""
+    source, reader = survivors
+    with routed([source], [reader], folder / "fresh.log", *options, kind=kind) as fresh:
+        fresh.ask("pulled")
+        answers = [answer.result() for answer in fresh.answers["pulled"]]
+        assert answers == fresh.expected("pulled", source)

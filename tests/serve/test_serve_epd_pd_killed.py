@@ -1,7 +1,7 @@
-"""kill -9 of a prefill instance whose prompts have images, with requests in every phase.
+"""kill -9 of the router and of a prefill instance, with requests with images in every phase.
 
-The phases are those of `test_serve_pd_hostile.py`, and one more: prompts of some are computed up to
-an image that is not encoded yet.
+The phases are those of `test_serve_pd_hostile.py`, and two more: the images of some are encoded and
+not fetched yet, and prompts of some are computed up to an image that is not encoded yet.
 """
 
 from __future__ import annotations
@@ -10,20 +10,23 @@ import contextlib
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from vision import PATCHES, tiny_llava
 
-from tests.pd_fleet import LEASE_S, Fleet, kill
+from tests.pd_fleet import LEASE_S, Fleet, Member, kill
 from tests.pd_scene import (
     PHASES,
     Scene,
-    compute,
+    computing,
+    kill_router,
     nothing_of_it_left,
     pulled_and_generating,
     routed,
+    serves_again,
 )
 from tests.pd_servers import COMMON, nothing_more, post, stopped, until
 from tests.serve.test_serve_epd import body
@@ -38,22 +41,24 @@ TEMPLATE = (
     "{% if p['type'] == 'text' %}{{ p['text'] }} {% else %}<image> {% endif %}"
     "{% endfor %}{% endfor %}"
 )
-PHASES_WITH_IMAGES = ("pulled", "generating", "awaiting")
+PHASES_WITH_IMAGES = ("pulled", "generating", "encoded", "awaiting")
 EARLY = "vllm_plugins:epd_early_prefill_tokens_total"
+PUBLISHED = "vllm_plugins:epd_published_items_total"
 IMAGES, ITEM_BYTES = 8, PATCHES * 128 * 4
 # What an encode instance keeps for requests; it holds no more while they are under their leases.
 ENCODE_LEASE_S, ITEMS = 10.0, 64
 ENCODE = (f"epd:role=encode,lease_s={ENCODE_LEASE_S},fetch_timeout_s=9,"
           f"tokens_per_block={PATCHES},arena_bytes={ITEMS * ITEM_BYTES}")  # fmt: skip
-# The encode instance is stopped for some seconds, and is not down.
-PATIENT = ("--fail-threshold", "20")
 
 
 class PictureScene(Scene):
-    """Requests with text before and behind a picture, except those that are being computed."""
+    """Requests with text before and behind a picture, except those that are being computed.
+
+    Those of "encoded" begin with it, so that nothing of them is computed before it is there.
+    """
 
     path = CHAT
-    phases = PHASES | {"awaiting": (4, 700, 8)}
+    phases = PHASES | {"encoded": (4, 140, 8), "awaiting": (4, 700, 8)}
 
     def _prompt(self, phase: str, length: int, seed: int) -> dict[str, object]:
         draw = random.Random(f"{phase} {seed}").randrange
@@ -61,7 +66,9 @@ class PictureScene(Scene):
         picture = (seed * 10 + list(self.phases).index(phase),)
         if phase not in PHASES_WITH_IMAGES:
             return {"messages": body("", " ".join(words))["messages"]}
-        before, behind = words[PATCHES:-8], words[-8:]
+        words = words[PATCHES:]
+        place = 0 if phase == "encoded" else len(words) - 8
+        before, behind = words[:place], words[place:]
         return {"messages": body("", " ".join(before), *picture, " ".join(behind))["messages"]}
 
 
@@ -88,21 +95,34 @@ def encode(words: tuple[str, ...]) -> Iterator[Served]:
         yield server
 
 
+def test_a_killed_router_leaves_nothing_behind(fleet, encode, tmp_path):
+    source, reader, _ = fleet.members()
+    survivors, options = [source, reader], ("--encode", encode.url)
+    warm(survivors, tmp_path, *options)
+    log = tmp_path / "router.log"
+    with (
+        nothing_of_it_left(survivors),
+        nothing_more(encode, LEASE_S + 15),
+        routed([source], [reader], log, *options, kind=PictureScene) as scene,
+    ):
+        with in_every_phase(scene, encode):
+            kill_router(scene)
+        serves_again(survivors, tmp_path, *options, kind=PictureScene)
+        time.sleep(ENCODE_LEASE_S)
+        assert all_room_is_there(encode)
+
+
 def test_a_killed_prefill_instance_costs_nobody_an_answer(fleet, encode, tmp_path):
     victim, second, third = fleet.members()
-    options = ("--encode", encode.url, *PATIENT)
-    with routed([second], [third], tmp_path / "warm.log", *options, kind=PictureScene) as warm:
-        warm.ask("awaiting")
-        assert [x.result() for x in warm.answers["awaiting"]] == warm.expected("awaiting", second)
+    options = ("--encode", encode.url)
+    warm([second, third], tmp_path, *options)
     log = tmp_path / "router.log"
     with (
         nothing_of_it_left([second, third]),
         nothing_more(encode, LEASE_S + 15),
         routed([victim, second], [third], log, *options, kind=PictureScene) as scene,
     ):
-        with pulled_and_generating(scene), stopped(encode):
-            await_pictures(scene)
-            compute(scene)
+        with in_every_phase(scene, encode):
             traces = kill(victim.server)
         answers = {phase: [one.result() for one in of] for phase, of in scene.answers.items()}
         assert answers == {one: scene.expected(one, second) for one in answers}
@@ -112,6 +132,36 @@ def test_a_killed_prefill_instance_costs_nobody_an_answer(fleet, encode, tmp_pat
     until(lambda: not traces.left(), 15)
     time.sleep(ENCODE_LEASE_S)
     assert all_room_is_there(encode)
+
+
+def warm(members: Sequence[Member], folder: Path, *options: str) -> None:
+    """Have connections between instances, which are kept, before they are counted."""
+    source, reader = members
+    with routed([source], [reader], folder / "warm.log", *options, kind=PictureScene) as scene:
+        scene.ask("awaiting")
+        answers = [answer.result() for answer in scene.answers["awaiting"]]
+        assert answers == scene.expected("awaiting", source)
+
+
+@contextlib.contextmanager
+def in_every_phase(scene: Scene, encode: Served) -> Iterator[None]:
+    """Bring requests into every phase; encode and prefill instances are stopped by then."""
+    with pulled_and_generating(scene), encoded(scene, encode):
+        await_pictures(scene)
+        with computing(scene):
+            yield
+
+
+@contextlib.contextmanager
+def encoded(scene: Scene, encode: Served) -> Iterator[None]:
+    """Have pictures encoded that cannot be fetched, as the encode instance is stopped by then."""
+    with contextlib.ExitStack() as stack:
+        with stopped(*(one.server for one in scene.prefill)):
+            before, wanted = encode.metric(PUBLISHED), scene.phases["encoded"][0]
+            scene.ask("encoded")
+            until(lambda: encode.metric(PUBLISHED) >= before + wanted, 60)
+            stack.enter_context(stopped(encode))
+        yield
 
 
 def await_pictures(scene: Scene) -> None:

@@ -29,13 +29,17 @@ def instances_of_two_and_one():
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["two to one", "one to two"])
 def test_ranks_take_their_heads(instances_of_two_and_one, order):
-    pair = Pair(*(instances_of_two_and_one[i] for i in order))
+    hands_over(Pair(*(instances_of_two_and_one[i] for i in order)), order[0])
+
+
+def hands_over(pair: Pair, seed: int) -> None:
+    """Check hand-overs from two ranks to one, or with a seed of 1 from one to two."""
     for length in (33, 300, 900):
-        tokens = prompt(length, order[0])
+        tokens = prompt(length, seed)
         params = pair.prefilled(tokens)
-        assert len(params[KEY]["peers"]) == 2 - order[0]
+        assert len(params[KEY]["peers"]) == 2 - seed
         assert pair.decoded(tokens, params) == pair.colocated(tokens)
-    long = prompt(700, 2 + order[0])
+    long = prompt(700, 2 + seed)
     assert pair.streamed(long, params[KEY]["peers"]) == pair.colocated(long)
     assert pair.recomputed() == {}, pair.complaints()
     pair.await_empty(32)
