@@ -49,9 +49,11 @@ class Setting:
         choice: ``saliency``, ``random``, or ``global``: one quota for the prompt, as in the paper.
         block: Tokens of a block.
         normalizer: As the plug-in's option.
-        scaled: Whether values have a scale for each channel.
+        scale: What values of a channel are divided by: ``largest`` magnitude, its ``root`` as in
+            the published code, or ``none``.
         first: First tokens that are salient at any rate.
         keys: As the plug-in's option ``key_salient_ratio``.
+        exact: Which of ``keys`` and ``values`` stay as they were, to see what the others cost.
     """
 
     bits: str
@@ -59,9 +61,10 @@ class Setting:
     choice: str = "saliency"
     block: int = 64
     normalizer: str = "probe_nnz"
-    scaled: bool = True
+    scale: str = "largest"
     first: int = ALWAYS_FIRST
     keys: float | None = None
+    exact: str | None = None
 
     @property
     def label(self) -> str:
@@ -71,9 +74,10 @@ class Setting:
             *([self.choice] if self.bits == "4/2" and self.choice != "saliency" else []),
             *([f"N={self.block}"] if self.block != 64 else []),
             *([self.normalizer] if self.normalizer != "probe_nnz" else []),
-            *(["no value scale"] if not self.scaled else []),
+            *([f"value scale {self.scale}"] if self.scale != "largest" else []),
             *(["no first tokens"] if self.first != ALWAYS_FIRST else []),
             *([f"keys r={self.keys:g}"] if self.keys is not None else []),
+            *([f"exact {self.exact}"] if self.exact is not None else []),
         ]
         return ", ".join([self.bits + ratio, *extra])
 
@@ -91,7 +95,7 @@ def settings() -> Iterator[Setting]:
         yield Setting("4/2", ratio, "random")
     yield Setting("4/2", 0.6, "global")
     yield Setting("4/2", 0.6, normalizer="full_nnz")
-    yield Setting("4/2", 0.6, scaled=False)
+    yield Setting("4/2", 0.6, scale="none")
     yield Setting("4/2", 0.6, first=0)
     for block in (32, 128):
         yield Setting("4/2", 0.6, block=block)
@@ -104,6 +108,12 @@ def settings() -> Iterator[Setting]:
         yield Setting("4/2", ratio, block=128, keys=1)
     for ratio in (0, 0.2, 0.3, 0.4):
         yield Setting("4/2", ratio, keys=1)
+    yield Setting("4/4", scale="root")
+    yield Setting("4/2", 0.2, keys=1, scale="root")
+    yield Setting("4/2", 0.2, block=128, keys=1, scale="root")
+    for exact in ("keys", "values"):
+        yield Setting("4/4", exact=exact)
+        yield Setting("4/2", 0.2, block=128, keys=1, exact=exact)
 
 
 class Recorder:
@@ -204,9 +214,14 @@ def packed(prompt: Prompt, setting: Setting) -> Iterator[tuple[torch.Tensor, tor
     page = setting.page(prompt.keys[0].shape[-1])
     for layer, (keys, values) in enumerate(zip(prompt.keys, prompt.values, strict=True)):
         k, v = (x.unflatten(1, (-1, setting.block)) for x in (keys, values))
-        codes = quantiser.quantise(k, v, setting.scaled)
+        root = torch.ones(())
+        if setting.scale == "root":
+            root = v.abs().amax(dim=-2, keepdim=True).sqrt().half().float()
+            root = torch.where(root > 0, root, torch.ones_like(root))
+        codes = quantiser.quantise(k, v / root, setting.scale == "largest")
         k, v = quantiser.dequantise(codes, salient_tokens(prompt, layer, setting, page))
-        yield k.flatten(1, 2), v.flatten(1, 2)
+        k, v = k.flatten(1, 2), (v * root).flatten(1, 2)
+        yield keys if setting.exact == "keys" else k, values if setting.exact == "values" else v
 
 
 def predictions(model: Any, prompt: Prompt, setting: Setting | None) -> torch.Tensor:
@@ -291,6 +306,8 @@ def row(model: Any, setting: Setting, losses: list[Loss]) -> dict[str, Any]:
         "bits": setting.bits,
         "salient ratio": setting.ratio,
         "choice": setting.choice,
+        "value scale": setting.scale,
+        "exact": setting.exact,
         "salient ratio of keys": setting.ratio if setting.keys is None else setting.keys,
         "increase": math.exp(mean) - 1,
         "error": spread,

@@ -52,13 +52,14 @@ def quantise(keys: torch.Tensor, values: torch.Tensor, scaled: bool = True) -> C
     Args:
         keys: Shape (..., N, D), float32 or float64.
         values: As ``keys``.
-        scaled: Whether values are divided by a scale for each channel, the root of the largest
-            magnitude [C]; the paper's text may lack the root.
+        scaled: Whether values are divided by a scale for each channel, the largest magnitude: so
+            the paper's text as it could be read. The published code takes its root, which loses
+            more (README).
     """
     k_min, k_step = _range(keys, dim=-2)
     scale = torch.ones_like(k_min)
     if scaled:
-        scale = _half(values.abs().amax(dim=-2).sqrt())
+        scale = _half(values.abs().amax(dim=-2))
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     y = values / scale.to(values.dtype)[..., None, :]
     v_min, v_step = _range(y, dim=-1)

@@ -92,7 +92,7 @@ void quantise_values(const Format& f, const T* rows, int64_t stride, bool scaled
       store(c + i, a > before ? a : before);
     }
   for (int i = 0; i < f.head; ++i) {
-    scale[i] = nearest(std::sqrt(c[i]));
+    scale[i] = nearest(c[i]);
     if (!(scale[i] > 0)) scale[i] = 1;
     c[i] = scale[i];
   }

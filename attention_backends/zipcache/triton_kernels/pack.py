@@ -1,6 +1,6 @@
 """Quantising a block into its page, bit for bit as `quantiser` does.
 
-So divisions and roots are rounded to nearest, ranges are rounded outwards, codes to nearest even.
+So divisions are rounded to nearest, ranges are rounded outwards, codes to nearest even.
 A block is read twice, some tokens at a time: for its ranges, and for its codes, the second time
 from the level-1 cache.
 """
@@ -120,7 +120,7 @@ def _value_scale(
             t = begin + tl.arange(0, chunk_of(head))
             x = load_quarter(raw, new, new_token, offset, t, j, quarter, head)
             most = tl.maximum(most, tl.max(tl.abs(x), axis=0))
-    scale = nearest_half(tl.sqrt_rn(most)).to(tl.float32)
+    scale = nearest_half(most).to(tl.float32)
     scale = tl.where(scale > 0.0, scale, 1.0)
     at = part("v_scale", block_size, head, n_k, n_v, 2) + quarter * (head // 4) + j
     tl.store(halves + at, scale.to(tl.float16), mask=j < head // 4)
