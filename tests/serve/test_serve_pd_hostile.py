@@ -33,7 +33,7 @@ from vllm_plugins.kv_connectors.pd.reference import KEY
 pytestmark = pytest.mark.serve
 
 # Without a number in the environment, as many of these as there is time for.
-FRAMES, FRAMES_S = 10_000, 30.0
+FRAMES, FRAMES_S = 10_000, 15.0
 ALL_FRAMES = "VLLM_PLUGINS_FUZZ_FRAMES"
 
 
