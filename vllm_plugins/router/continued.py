@@ -88,7 +88,7 @@ class Sent:
         data = event_data(event)
         if data is None or data == b"[DONE]":
             return b""
-        chunk = _parsed(data)
+        chunk = parsed(data)
         choices = chunk.get("choices")
         if not choices:
             # Counted anew at the end, over all parts.
@@ -111,7 +111,7 @@ class Sent:
         data = event_data(event)
         if data is None or data == b"[DONE]":
             return
-        chunk = _parsed(data)
+        chunk = parsed(data)
         choices = chunk.get("choices")
         self.counted = not choices and "usage" in chunk
         for choice in choices if isinstance(choices, list) else ():
@@ -183,7 +183,12 @@ class FirstToken:
     stop_reason: Any
 
 
-def _parsed(data: bytes) -> Mapping[str, Any]:
+def parsed(data: bytes) -> Mapping[str, Any]:
+    """Return what an event carries.
+
+    Raises:
+        BrokenStreamError: It is an error, or no JSON object.
+    """
     try:
         chunk = json.loads(data)
     except ValueError:
@@ -231,7 +236,7 @@ def begun_by(call: Call, chunk: bytes) -> Sent | None:
     event, _, _ = chunk.partition(BOUNDARY)
     data = event_data(event)
     try:
-        head = _parsed(data or b"")
+        head = parsed(data or b"")
         prompt_ids = (head if call.is_chat else head["choices"][0])["prompt_token_ids"]
     except (BrokenStreamError, LookupError, TypeError):
         return None

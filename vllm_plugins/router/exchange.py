@@ -26,6 +26,7 @@ from vllm_plugins.router.first_token import why_alone, why_not_early
 from vllm_plugins.router.held import PD_REFERENCE, Held
 from vllm_plugins.router.media import media_of, warming_body
 from vllm_plugins.router.relay import Relay
+from vllm_plugins.router.repeated import Kept, Repeat
 from vllm_plugins.router.upstream import InstanceError, answer_headers, request_headers
 from vllm_plugins.routing import Role, Ticket, Work
 
@@ -55,7 +56,8 @@ class Exchange:
         self._client = client
         self._headers = request_headers(call.headers, call.request_id)
         self._held: Held | None = None
-        self._sent: Sent | None = None
+        self._sent: Sent | Repeat | None = None
+        self._kept = Kept(call)
         self._tried: set[str] = set()
         self._alone = services.colocated or self._goes_alone()
         self._early = not self._alone and self._wants_early()
@@ -112,7 +114,7 @@ class Exchange:
                 if failures > self._services.settings.retries or not self._can_go_on():
                     raise self._refusal(failure) from None
                 self._tried.add(failure.instance.id)
-                if failure.suspects_transfer:
+                if failure.suspects_transfer or self._asks_anew():
                     self._release()
                     # What was encoded may be lost as well as the KV.
                     self._encoded = not self._media
@@ -121,13 +123,18 @@ class Exchange:
                     self._services.metrics.resumed()
 
     def _can_go_on(self) -> bool:
-        return not self._client.begun or self._sent is not None
+        if self._client.begun and self._sent is None:
+            self._sent = self._kept.repeat()
+        return self._sent is not None or not self._client.begun
+
+    def _asks_anew(self) -> bool:
+        return isinstance(self._sent, Repeat) and not self._sent.finished
 
     async def _attempt(self) -> web.StreamResponse:
         """Ask a decode instance, after a prefill unless one still holds the prompt."""
         if not self._encoded:
             await self._encode(self._services.settings.overlap)
-        if not self._alone and not self._client.begun:
+        if not self._alone and (not self._client.begun or self._asks_anew()):
             await self._prefill()
         if self._sent is not None and self._sent.finished:
             await self._client.write(self._sent.end())
@@ -253,10 +260,7 @@ class Exchange:
                     await self._encode(overlap=False)
 
     async def _ask_one(
-        self,
-        ticket: Ticket,
-        call: Call,
-        streamed: Mapping[str, Any] | None = None,
+        self, ticket: Ticket, call: Call, streamed: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         """Return a prefill instance's answer; its layers may be read under a name meanwhile."""
         body, releaser = prefill_body(call, self._early), self._services.releaser
@@ -314,7 +318,7 @@ class Exchange:
         if transfer is None and self._held is not None:
             transfer = self._held.transfer
         path, body = self._call.path, decode_body(self._call, transfer)
-        if self._sent is not None:
+        if isinstance(self._sent, Sent):
             path, body = COMPLETIONS, self._sent.continued_body(transfer)
         asked_s = self._now()
         async with self._services.upstream.post(
@@ -338,12 +342,12 @@ class Exchange:
             await relay.continue_from(first, self._sent)
             return
         await self._begin(answer_headers(answer.headers))
-        if self._call.body.get("return_token_ids") and why_not_early(self._call) is None:
-            self._sent = begun_by(self._call, first)
-        if self._sent is not None:
-            await relay.follow(first, self._sent)
+        known = self._call.body.get("return_token_ids") and why_not_early(self._call) is None
+        sent = self._sent = begun_by(self._call, first) if known else None
+        if sent is None:
+            await relay.pass_on(first, self._kept)
         else:
-            await relay.pass_on(first)
+            await relay.follow(first, sent)
 
     async def _begin(self, headers: Mapping[str, str]) -> None:
         self._first_byte()

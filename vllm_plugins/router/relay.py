@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from vllm_plugins.router.client import Client, Patience
 from vllm_plugins.router.continued import BrokenStreamError, Sent
 from vllm_plugins.router.events import EventSplitter
+from vllm_plugins.router.repeated import Kept, Repeat
 from vllm_plugins.router.upstream import InstanceError
 from vllm_plugins.routing import Ticket
 
@@ -74,13 +75,23 @@ class Relay:
             raise InstanceError(self._instance, reason, sick=False, suspects_transfer=True)
         return chunk
 
-    async def pass_on(self, first: bytes) -> None:
+    async def pass_on(self, first: bytes, kept: Kept) -> None:
         """Pass a stream on byte by byte.
+
+        Args:
+            first: Its first piece.
+            kept: Gets what was sent, if it wants it.
 
         Raises:
             InstanceError: It breaks off, or ends without having said that it is complete.
         """
-        count = await self._copy(first, self._client.write)
+
+        async def take(chunk: bytes) -> None:
+            """Pass a piece on and keep it."""
+            await self._client.write(chunk)
+            kept.add(chunk)
+
+        count = await self._copy(first, take if kept.wanted else self._client.write)
         if not self._client.done:
             raise InstanceError(self._instance, "ended a stream before it was complete")
         self._services.desk.answer_tokens.note(count)
@@ -104,13 +115,15 @@ class Relay:
             raise InstanceError(self._instance, "ended a stream before it was complete")
         self._services.desk.answer_tokens.note(len(sent.token_ids))
 
-    async def continue_from(self, first: bytes, sent: Sent) -> None:
-        """Write a completion's events as the rest of the answer that was begun.
+    async def continue_from(self, first: bytes, sent: Sent | Repeat) -> None:
+        """Write another instance's events as the rest of the answer that was begun.
 
         Raises:
             InstanceError: As `pass_on`.
         """
         splitter = EventSplitter()
+        if isinstance(sent, Repeat):
+            sent.rewind()
 
         async def take(chunk: bytes) -> None:
             """Write the events that are whole now in the answer's form."""
