@@ -1,4 +1,4 @@
-"""kill -9 of the router and of a prefill instance, with requests with images in every phase.
+"""kill -9 of router, prefill and decode, with requests with images in every phase.
 
 The phases are those of `test_serve_pd_hostile.py`, and two more: the images of some are encoded and
 not fetched yet, and prompts of some are computed up to an image that is not encoded yet.
