@@ -41,7 +41,8 @@ def test_every_method_that_is_wrapped_is_one_of_the_worker(host):
         if inspect.isfunction(member) and not name.startswith(("_", "plugin_"))
     }
     assert own == {
-        "init_device", "load_model", "initialize_from_config", "execute_model", "shutdown",
+        "init_device", "load_model", "initialize_from_config", "execute_model", "sample_tokens",
+        "shutdown",
     }  # fmt: skip
     assert all(callable(getattr(stock, name)) for name in own)
 
