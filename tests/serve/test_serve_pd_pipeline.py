@@ -6,7 +6,7 @@ from tests import models
 from tests.pd_servers import Pair, instances
 from tests.serve.test_serve_pd_parallel import PLUGIN, hands_over
 
-pytestmark = [pytest.mark.serve, pytest.mark.alone]
+pytestmark = pytest.mark.serve
 
 # vLLM's CPU worker makes its buffers between stages in a warm-up that eager mode leaves out.
 STAGES = ("--pipeline-parallel-size", "2", "--no-enforce-eager", "-cc.backend=eager")
