@@ -119,6 +119,8 @@ def main() -> int:
     parser.add_argument("--plugin", default=PLUGIN)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if {"repeated", "turn"} & set(args.kinds) and args.kinds[0] != "shared":
+        parser.error("what goes on from a shared prompt comes behind it")
     rounds, variants = [], [STOCK, UNCACHED, args.plugin]
     for number in range(args.rounds):
         turns = variants if number % 2 == 0 else variants[::-1]

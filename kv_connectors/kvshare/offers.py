@@ -58,6 +58,16 @@ class Offers:
         assert options.fix_tokens_per_step is not None
         self._pass = PassSize(shape.max_runs, options.fix_tokens_per_step)
 
+    def reach(self, state: RequestState) -> int:
+        """Return the position up to which a request may be blended; 0 where it may not at all."""
+        end = self._end(state)
+        may = state.barred is None and end - state.cached >= self._options.min_reuse
+        return end if may else 0
+
+    def _end(self, state: RequestState) -> int:
+        # The last token is always computed by vLLM, which samples from it.
+        return min(len(state.tokens), state.request.num_tokens - 1) // self._block * self._block
+
     def plan(self, state: RequestState, computed: int) -> Refusal | None:
         """Plan a request's reuse from the end of its prefix hit on, in ``state.planned``.
 
@@ -71,16 +81,13 @@ class Offers:
         assert state.domain is not None
         known = state.planned
         if known is None or known.start != computed or known.version != self._index.version:
-            # The last token is always computed by vLLM, which samples from it.
-            last = min(len(state.tokens), state.request.num_tokens - 1)
-            end = last // self._block * self._block
+            end = self._end(state)
             if end - computed < self._options.min_reuse:
                 few = is_mixed(state.request) and end < self._options.min_reuse
                 return "media" if few else "short"
             known = self._planner.plan(state.domain, state.tokens, computed, end)
             exact_only = self._options.mode == "exact_only"
-            behind = -1 if state.root is None else state.root.generation
-            known = replace(known.shortened(self._block, exact_only), behind=behind)
+            known = replace(known.shortened(self._block, exact_only), behind=_behind(state))
             state.planned = known
         return self._objection(known)
 
@@ -130,3 +137,11 @@ class Offers:
         saved = 0.0 if self._objection(offer) else offer.end - offer.start - self._work(offer)
         state.hit = Hit(plan.reused / max(state.request.num_prompt_tokens, 1), max(saved, 0.0))
         return count
+
+
+def _behind(state: RequestState) -> int:
+    """Return the generation of the KV that the prefix cache may hold for a request; -1 if exact."""
+    found = -1 if state.root is None else state.root.generation
+    # One that was preempted may get back what an earlier plan of its own made.
+    used = state.used
+    return found if used is None or used.is_exact else max(found, used.generation_at(used.end) - 1)

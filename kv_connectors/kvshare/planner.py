@@ -162,7 +162,7 @@ class Planner:
         Args:
             domain: Digest of the request's tenant domain.
             tokens: The prompt from its first token on, shape (n,).
-            start: Where to begin; what is before it has exact KV already.
+            start: Where to begin; what is before it has KV already.
             end: Where to stop, in [start, n].
         """
         text = as_tokens(tokens)[:end]

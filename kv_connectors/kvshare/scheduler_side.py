@@ -82,12 +82,11 @@ class SchedulerSide:
         self._catalogue = catalogue
         self._domains = Domains(options, catalogue.domain_key if catalogue else os.urandom(32))
         public = self._domains.public
-        sizes = ChunkSizes(options.chunk_min, options.chunk_max)
         self._planner = Planner(
             self.index,
             options.min_run,
             options.max_generation,
-            sizes,
+            ChunkSizes(options.chunk_min, options.chunk_max),
             public,
             exact_only=options.mode == "exact_only",
         )
@@ -129,7 +128,7 @@ class SchedulerSide:
         """
         state = self._state(request)
         state.cached = computed
-        if state.barred is None and self._chains.redirects(state):
+        if self._chains.redirects(state, self._offers.reach(state)):
             return None
         state.refusal = state.barred or self._offers.plan(state, computed)
         if state.refusal is not None:
@@ -198,8 +197,8 @@ class SchedulerSide:
         looked_at = not exact and state.may_refresh and self._options.decode_interval
         state.refreshed = 0 if looked_at else None
         if not exact:
-            generation = plan.generation_at(plan.end) - 1
-            self._chains.leave(request, min(plan.exact_prefix_end, plan.end), generation)
+            end, generation = plan.end, plan.generation_at(plan.end) - 1
+            self._chains.leave(request, min(plan.exact_prefix_end, end), end, generation)
         self._orders.reuses.append(
             Reuse(
                 request.request_id,
@@ -384,6 +383,8 @@ class SchedulerSide:
         if order.do != "register":
             state.answer, gone = self._desk.carry_out(order)
             self._orders.evicted += gone
+            if order.do == "evict":
+                self._chains.forget()
         return {"kvshare": {"operator": state.answer}}
 
     def reset(self) -> bool:

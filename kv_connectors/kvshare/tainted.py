@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.kv_cache_utils import BlockHash
@@ -32,12 +32,14 @@ class Root:
     Attributes:
         digest: Hash of the first approximate block.
         position: Position of that block's first token.
+        end: Position behind what was blended.
         generation: Highest generation of the KV that was reused from there on.
         owner: Name of the request that was blended.
     """
 
     digest: BlockHash
     position: int
+    end: int
     generation: int
     owner: str
 
@@ -56,12 +58,13 @@ class TaintedChains:
         # Owners whose blocks are not in the prefix cache yet, and will be.
         self._blending: set[str] = set()
 
-    def leave(self, request: Request, position: int, generation: int) -> None:
+    def leave(self, request: Request, position: int, end: int, generation: int) -> None:
         """Take a request's blocks out of the exact chain.
 
         Args:
             request: It is about to be blended, and has its blocks.
             position: First token whose KV is approximate. What is before it stays shared.
+            end: Position behind the last one that is blended.
             generation: Highest generation of the KV that it reuses.
         """
         block = self._pool.hash_block_size
@@ -69,7 +72,7 @@ class TaintedChains:
         if whole >= len(request.block_hashes):
             return
         owner = request.request_id
-        root = Root(BlockHash(os.urandom(32)), whole * block, generation, owner)
+        root = Root(BlockHash(os.urandom(32)), whole * block, end, generation, owner)
         self._blending.add(owner)
         replaced = self._turn(request, whole, root)
         self._roots[replaced] = root
@@ -77,27 +80,35 @@ class TaintedChains:
         if len(self._roots) > self._pool.num_gpu_blocks:
             self._roots.popitem(last=False)
 
-    def redirects(self, state: RequestState) -> bool:
+    def redirects(self, state: RequestState, reach: int) -> bool:
         """Put a request on the chain of an earlier one, from where that left this one's on.
 
         Args:
             state: Of a request that may be blended and has not been admitted. Its ``root`` is set
                 where it changes its chain.
+            reach: Position up to which it may be blended itself, or 0. Who shares little
+                of what is being blended does not wait for all of it.
 
         Returns:
             Whether the prefix cache has more for it than ``state.cached``, or will have soon.
         """
         request = state.request
         whole = state.cached // self._pool.hash_block_size
-        if whole >= len(request.block_hashes):
+        if reach <= state.cached or whole >= len(request.block_hashes):
             return False
         root = self._roots.get(request.block_hashes[whole])
         if root is None:
             return False
         if self._pool.get_cached_block(root.digest, [0]) is None:
-            return root.owner in self._blending
+            shared = min(reach, root.end) - state.cached
+            return root.owner in self._blending and 2 * shared >= root.end - root.position
         self._turn(request, whole, root)
-        state.root = root
+        first = state.root or root
+        state.root = replace(
+            root,
+            position=first.position,
+            generation=max(first.generation, root.generation),
+        )
         return True
 
     def settle(self, owners: Iterable[str]) -> None:

@@ -88,6 +88,8 @@ class Served:
         self.step_once()
         assert self.pool.get_num_free_blocks() == self.free
         assert not self.side._states
+        assert not self.side._chains._blending
+        assert len(self.side._chains._roots) <= self.pool.num_gpu_blocks
         assert not self.worker._blends
         assert not self.worker._stale
         index, payloads = self.side.index, self.worker.kitchen.payloads

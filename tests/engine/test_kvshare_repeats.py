@@ -137,6 +137,13 @@ def test_exact_kv_is_never_taken_from_there_and_goes_before_it(blended):
     assert output.num_cached_tokens == whole(len(PROMPTS[1]))
 
 
+def test_who_is_too_short_to_be_blended_is_computed(blended):
+    """Less than `min_reuse` behind the hit, which is nothing here."""
+    engine, put_together = blended
+    [output] = engine.greedy([PROMPTS[1][: BLOCK + 20]])
+    assert output.num_cached_tokens == 0 and not put_together
+
+
 def test_another_salt_finds_none_of_it(blended):
     engine, _ = blended
     [output] = engine.greedy([PROMPTS[1]], salt="bob")

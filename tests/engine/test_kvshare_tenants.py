@@ -297,7 +297,9 @@ def test_two_registrations_of_one_name_in_flight_leave_one_text(shared):
     assert sorted("error" in answer for answer in answers) == [False, True]
     [row] = operate(shared, do="inspect")["canonical"]
     assert row["name"] == "twice"
+    shared.side._chains._roots[b"of a prompt that was blended"] = None
     assert operate(shared, do="evict", what="all")["evicted_tokens"] == row["tokens"]
+    assert not shared.side._chains._roots
     shared.step_once()
     assert not len(shared.side.index)
     shared.assert_idle()
