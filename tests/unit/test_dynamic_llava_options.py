@@ -14,6 +14,7 @@ from vllm_plugins.visual_tokens.dynamic_llava.plugin import (
     GUARD,
     DynamicLlavaOptions,
     DynamicLlavaPlugin,
+    Pruning,
 )
 
 NORM = {"image_scorer": "norm", "image_keep_rate": 0.25}
@@ -235,3 +236,12 @@ def test_keep_settings_are_part_of_the_prefix_caches_key(config, monkeypatch):
     assert all(len(keys) == 3 for keys in found)
     assert len({key for keys in found for key in keys}) == 3 * len(found)
     assert hashes(config, **NORM) == hashes(config, **NORM)
+
+
+@pytest.mark.parametrize(("text", "frees"), [(True, True), (True, False), (False, True)])
+def test_a_block_by_which_forgotten_tokens_are_counted_is_no_hole(text, frees):
+    """The whole of an image that begins a prompt may be kept in its last, half-filled block."""
+    pruning = Pruning(2, 0.1, "norm", text, frees, None)
+    hole = pruning.plan_span((0, 576), 128)
+    assert (hole.first_block, hole.first_block + hole.blocks) == (int(text and frees), 4)
+    assert pruning.plan_span((1, 577), 128).first_block == 1

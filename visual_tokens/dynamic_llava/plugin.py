@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -115,7 +115,11 @@ class Pruning:
 
         start, end = span
         wanted = int((end - start) * self.keep_rate)
-        return plan_hole(start, end, wanted, block_size, keep_last=True)
+        hole = plan_hole(start, end, wanted, block_size, keep_last=True)
+        if hole.blocks and not hole.first_block and self.text and self.frees:
+            # By a request's first block its forgotten tokens are counted: it is never given back.
+            return replace(hole, first_block=1, blocks=hole.blocks - 1)
+        return hole
 
 
 def pruning_of(config: VllmConfig) -> Pruning:

@@ -8,7 +8,6 @@ tokens, in the thread in which it does. Of several ranks that one is heard whose
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from copy import copy
 from typing import Any, TypeAlias
 
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
@@ -52,10 +51,9 @@ def with_reports(output: Any, reports: Mapping[str, Report]) -> Any:
 
 
 def _reported(output: ModelRunnerOutput, reports: Mapping[str, Report]) -> ModelRunnerOutput:
-    if output is EMPTY_MODEL_RUNNER_OUTPUT:
-        # Every step without requests has this one.
-        output = copy(output)
-    setattr(output, ATTRIBUTE, {name: report(output) for name, report in reports.items()})
+    # Every step without requests has the empty one, and nothing to tell.
+    if output is not EMPTY_MODEL_RUNNER_OUTPUT:
+        setattr(output, ATTRIBUTE, {name: report(output) for name, report in reports.items()})
     return output
 
 
