@@ -11,14 +11,21 @@ Nobody waits for ever. A request that has waited ``max_wait`` seconds is *overdu
 all that are not; overdue requests are served in order of arrival. So a request is admitted at the
 latest after ``max_wait`` plus the time that the requests which were overdue before it take.
 
+Prompts under way give a step to a waiting request that comes before them, if there is room for it.
+It may be unable to start all the same, such as one whose KV is still on its way; it is asked again
+ever more rarely, so that few steps are given away in vain.
+
 The paper orders by arrival; this order is the package's own addition, off unless asked for.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+
+LONGEST = 6
+"""Doublings of the steps for which a request that could not start is not let past."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,38 @@ class Waiting:
     arrived: float
     deadline: float
     work: float
+
+
+class Overtaking:
+    """Which waiting requests are let past prompts under way, in which steps."""
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._let_past: str | None = None
+        # Steps given to a request in vain, and the step from which on it may be given another one.
+        self._in_vain: dict[str, tuple[int, int]] = {}
+
+    def may(self, request_id: str) -> bool:
+        """Say whether a step is not lost on a request, as far as is known."""
+        return self._step >= self._in_vain.get(request_id, (0, 0))[1]
+
+    def let_past(self, request_id: str) -> None:
+        """Remember that the next step is given to a request."""
+        self._let_past = request_id
+
+    def scheduled(self, used: bool) -> None:
+        """Learn whether any prompt was computed in a step."""
+        self._step += 1
+        if self._let_past is not None:
+            times = self._in_vain.pop(self._let_past, (0, 0))[0] + 1
+            if not used:
+                self._in_vain[self._let_past] = (times, self._step + 2 ** min(times - 1, LONGEST))
+        self._let_past = None
+
+    def forget(self, request_ids: Collection[str]) -> None:
+        """Drop requests that are gone."""
+        for name in request_ids:
+            self._in_vain.pop(name, None)
 
 
 def least_slack_order(waiting: Sequence[Waiting], now: float, max_wait: float) -> list[int]:

@@ -21,7 +21,7 @@ from vllm_plugins.schedulers.sarathi import metrics as m
 from vllm_plugins.schedulers.sarathi.budget import Budgets, PendingPrefill, step_work
 from vllm_plugins.schedulers.sarathi.estimator import StepTimeEstimator
 from vllm_plugins.schedulers.sarathi.latency import LatencyLedger
-from vllm_plugins.schedulers.sarathi.least_slack import Waiting, least_slack_order
+from vllm_plugins.schedulers.sarathi.least_slack import Overtaking, Waiting, least_slack_order
 from vllm_plugins.schedulers.sarathi.targets import Targets
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class SarathiPolicy(SchedulerPolicy):
         )
         # Seconds per prefill token while others run beside it; what a waiting prompt will cost.
         self._prefill_pace = 0.0
-        self._overtaking = self._overtook_in_vain = False
+        self._overtaking = Overtaking()
         # Decodes of the micro-batches that are still in the pipeline's other stages.
         self._recent: deque[set[str]] = deque()
 
@@ -175,15 +175,7 @@ class SarathiPolicy(SchedulerPolicy):
         order = least_slack_order(
             self._dues([*under_way, *waiting]), plan.now, self._options.max_wait_ms / 1000
         )
-        first = next(rank for rank, i in enumerate(order) if i >= len(under_way))
-        self._overtaking = False
-        if any(i < len(under_way) for i in order[first:]) and not self._overtook_in_vain:
-            head = waiting[order[first] - len(under_way)]
-            self._overtaking = plan.can_admit(head)
-        if self._overtaking:
-            for i in order[first:]:
-                if i < len(under_way):
-                    plan.hide(under_way[i])
+        self._let_past(plan, [(under_way + waiting)[i] for i in order])
         plan.prefills = [under_way[i] for i in order if i < len(under_way)]
         queue = [i - len(under_way) for i in order if i >= len(under_way)]
         if queue != list(range(len(queue))):
@@ -191,6 +183,18 @@ class SarathiPolicy(SchedulerPolicy):
             for i in queue:
                 plan.waiting.add_request(waiting[i])
             self.metric.inc(m.REORDERED.name)
+
+    def _let_past(self, plan: StepPlan, order: Sequence[Request]) -> None:
+        """Hide prompts under way behind the first waiting one that may start before them."""
+        under_way = set(plan.prefills)
+        for rank, head in enumerate(order):
+            if head not in under_way and self._overtaking.may(head.request_id):
+                overtaken = [request for request in order[rank:] if request in under_way]
+                if overtaken and plan.can_admit(head):
+                    self._overtaking.let_past(head.request_id)
+                    for request in overtaken:
+                        plan.hide(request)
+                return
 
     def _dues(self, requests: Sequence[Request]) -> list[Waiting]:
         dues = []
@@ -208,10 +212,7 @@ class SarathiPolicy(SchedulerPolicy):
         """Remember what the step contains, and count decodes that were left out."""
         work, prefill_rows = work_of(step)
         step.notes["sarathi"] = (work, prefill_rows)
-        # Where the one that was let past could not start after all, the next step must not be
-        # given away again.
-        self._overtook_in_vain = self._overtaking and not prefill_rows
-        self._overtaking = False
+        self._overtaking.scheduled(used=bool(prefill_rows))
         if prefill_rows:
             self.metric.observe(m.BUDGET.name, step.plan.token_budget)
         ran = step.output.num_scheduled_tokens
@@ -251,6 +252,7 @@ class SarathiPolicy(SchedulerPolicy):
     def forget(self, request_ids: Collection[str]) -> None:
         """Drop finished requests."""
         self._ledger.forget(request_ids)
+        self._overtaking.forget(request_ids)
 
 
 def _seconds(ms: float | None) -> float | None:

@@ -6,7 +6,12 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_plugins.schedulers.sarathi.least_slack import Waiting, least_slack_order, moore_hodgson
+from vllm_plugins.schedulers.sarathi.least_slack import (
+    Overtaking,
+    Waiting,
+    least_slack_order,
+    moore_hodgson,
+)
 
 TIMES = st.integers(0, 30)
 WAITING = st.lists(st.tuples(TIMES, TIMES, st.integers(1, 12)), max_size=7).map(
@@ -76,3 +81,26 @@ def test_nobody_waits_longer_than_the_bound():
                     if w.arrived < request.arrived and started[w.index] >= due)  # fmt: skip
         assert started[index] <= due + ahead + longest
     assert 3.2 + max_wait <= started[0] <= 3.2 + max_wait + longest
+
+
+def given_to(overtaking, name, steps, used=False):
+    """Return which steps are given to a request whenever it may have one."""
+    given = []
+    for step in range(steps):
+        if overtaking.may(name):
+            overtaking.let_past(name)
+            given.append(step)
+        overtaking.scheduled(used)
+    return given
+
+
+def test_one_that_cannot_start_is_given_ever_fewer_steps():
+    overtaking = Overtaking()
+    assert given_to(overtaking, "loads", 230) == [0, 2, 5, 10, 19, 36, 69, 134, 199]
+    # Nobody else is kept back by it, nor it itself once it could start.
+    assert given_to(overtaking, "ready", 3, used=True) == [0, 1, 2]
+    given_to(overtaking, "loads", 70, used=True)
+    assert overtaking.may("loads")
+    assert given_to(overtaking, "loads", 6)[:2] == [0, 2]
+    overtaking.forget(["loads", "never seen"])
+    assert overtaking.may("loads") and not overtaking._in_vain
