@@ -204,7 +204,8 @@ class Core:
     def add(self, name: str, first: int, last: int) -> None:
         place = SimpleNamespace(extract_embeds_range=lambda: [(first, last)])
         feature = SimpleNamespace(mm_position=place)
-        self.policy.added(SimpleNamespace(request_id=name, mm_features=[feature]), 0.0)
+        request = SimpleNamespace(request_id=name, mm_features=[feature], resumable=False)
+        self.policy.added(request, 0.0)
         self.manager.allocate_new_blocks(name, last + 1, last + 1)
 
     def schedule(self, **tokens: int) -> Step:

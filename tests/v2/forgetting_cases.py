@@ -1,6 +1,7 @@
 """Forgotten tokens that take no blocks, where the scheduler hears of them a step late."""
 
 import pytest
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from tests.engine.dynamic_llava_engine import (
     Ask,
@@ -9,8 +10,15 @@ from tests.engine.dynamic_llava_engine import (
     sampling,
     with_predictors,
 )
-from tests.engine.test_dynamic_llava_forgetting import FREED, known, tokens_of, under_pressure
-from tests.engine.test_dynamic_llava_text import SPARSE, TOKENS, assert_replays
+from tests.engine.test_dynamic_llava_forgetting import (
+    FREED,
+    counted,
+    known,
+    tokens_of,
+    under_pressure,
+)
+from tests.engine.test_dynamic_llava_sessions import SPOKEN, assert_follows, session
+from tests.engine.test_dynamic_llava_text import SPARSE, TEXT, TOKENS, assert_replays
 from tests.models import scheduler_of, worker_of
 from tests.v2.async_cases import asynchronous  # noqa: F401  # a fixture
 
@@ -25,7 +33,10 @@ def model(tmp_path_factory):
 
 
 def watched(llm):
-    """Record how many tokens more a step reports than were known when it was scheduled."""
+    """Record what each step reports, what was known before, and what is known then.
+
+    What is known of a request is never more than its device has counted since it holds its blocks.
+    """
     policy, news = scheduler_of(llm).plugin_policies[0], []
     completed = policy.completed
 
@@ -35,14 +46,14 @@ def watched(llm):
         after = {name: known(llm).of(name) for name in before}
         told = step.reports.get("dynamic_llava", {})
         news.extend((told[name], before[name], after[name]) for name in before)
+        for request in scheduler_of(llm).running:
+            assert known(llm).of(request.request_id) <= counted(llm, request)
 
     policy.completed = complete
     return news
 
 
 def test_steps_ahead(model):
-    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-
     with pruned(FREED, model, async_scheduling=True, **TIGHT) as llm:
         assert isinstance(scheduler_of(llm), AsyncScheduler)
         assert worker_of(llm).model_runner.vllm_config.max_concurrent_batches == 2
@@ -63,3 +74,13 @@ def test_steps_ahead(model):
         assert_idle(llm)
         scheduler_of(llm).schedule()
         assert len(known(llm)) == 0
+
+
+@pytest.mark.parametrize("frees", [False, True])
+def test_a_session_takes_back_what_a_step_ahead_has_forgotten(model, frees):
+    with pruned(TEXT | {"free_hole_blocks": frees}, model, async_scheduling=True) as llm:
+        assert isinstance(scheduler_of(llm), AsyncScheduler)
+        for _ in range(4):
+            turns = session(llm, SPOKEN, temperature=1, stops=range(10, 40))
+            assert_follows(model, SPOKEN, turns)
+            assert_idle(llm)

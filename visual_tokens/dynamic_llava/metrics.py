@@ -40,6 +40,12 @@ FREED = MetricSpec(
     "gauge",
     "Cache blocks that the upper layers give back or will, of the requests that the engine holds.",
 )
+FORGOTTEN = MetricSpec(
+    "dynamic_llava_forgotten_tokens",
+    "gauge",
+    "Answer tokens that the upper layers are known to have forgotten and that take no slots there, "
+    "of the requests that hold blocks.",
+)
 
 ALL = (IMAGE_TOKENS, HIDDEN_BLOCKS, STEPS, RECHOSEN)
 FATES = ("kept", "dropped")

@@ -248,10 +248,10 @@ class DynamicLlavaPlugin(WorkerPlugin, SchedulerPlugin):
         if not pruning.frees:
             return WholeImages(pruning.cache_key)
         from vllm_plugins.engine.block_holes.freeing import HolePolicy
-        from vllm_plugins.visual_tokens.dynamic_llava.metrics import FREED
+        from vllm_plugins.visual_tokens.dynamic_llava.metrics import FORGOTTEN, FREED
 
-        reporter = NAME if pruning.text else None
-        return HolePolicy(lambda span: pruning.plan_span(span, size), FREED, reporter)
+        heard = (NAME, FORGOTTEN) if pruning.text else ()
+        return HolePolicy(lambda span: pruning.plan_span(span, size), FREED, *heard)
 
     def listener(self, options: DynamicLlavaOptions, config: VllmConfig) -> DynamicLlavaListener:
         """Make the part of one worker."""

@@ -49,12 +49,14 @@ class TextView(HoleView):
         leader: Name of an upper layer's attention, whose builder tells who is in a step.
         forgotten: Answer tokens that a request has forgotten, by its first block in each table that
             these layers have of it; int32, shape (blocks,).
+        latest: Position of the answer token that it forgot last, likewise; int64, shape (blocks,).
         prompts: Reads the length of each prompt of a step's batch.
         batch: The step's requests, as the leader's builder left them.
     """
 
     leader: str = ""
     forgotten: torch.Tensor | None = None
+    latest: torch.Tensor | None = None
     prompts: Callable[[CommonAttentionMetadata], np.ndarray] | None = None
     batch: Batch | None = None
 
@@ -64,6 +66,7 @@ class TextView(HoleView):
         self.prompts = runner.prompt_lengths
         [(_, flags)] = self.flags.items()
         self.forgotten = torch.zeros(len(flags), dtype=torch.int32, device=flags.device)
+        self.latest = torch.full((len(flags),), -1, dtype=torch.int64, device=flags.device)
 
 
 @dataclass
@@ -121,7 +124,7 @@ class TextBuilder(HoleBuilder):
         if self.hole_view.forgotten is not None:
             if self.hole_view.leader in self.layer_names:
                 self._text_lead(common_attn_metadata)
-            self._text_enter(common_attn_metadata, self.hole_view.forgotten)
+            self._text_enter(common_attn_metadata)
         return super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
 
     def _text_most(self, requests: int) -> int:
@@ -140,16 +143,24 @@ class TextBuilder(HoleBuilder):
         view.batch.lengths = lengths
         view.batch.prompts[: len(lengths)].copy_(torch.from_numpy(lengths), non_blocking=True)
 
-    def _text_enter(self, common: CommonAttentionMetadata, forgotten: torch.Tensor) -> None:
-        """Remember where the step's requests are counted, and begin with those that begin."""
-        requests = common.num_reqs
+    def _text_enter(self, common: CommonAttentionMetadata) -> None:
+        """Remember where the step's requests are counted, and begin with those that begin.
+
+        A streaming session takes back the token that ended its turn. Where steps are scheduled
+        ahead that token's row may have been computed, and forgotten, by then.
+        """
+        requests, view = common.num_reqs, self.hole_view
+        forgotten, latest = view.forgotten, view.latest
+        assert forgotten is not None and latest is not None
         if self.text_rows is None:
             scheduler = self.vllm_config.scheduler_config  # type: ignore[attr-defined]
             rows = max(len(common.slot_mapping), scheduler.max_num_batched_tokens)
             self.text_rows = TableRows.empty(self._text_most(requests), rows, self.device)
         firsts = self.text_rows.firsts[:requests].copy_(common.block_table_tensor[:requests, 0])
-        fresh = common.seq_lens[:requests] == common.query_start_loc[: requests + 1].diff()
-        forgotten[firsts] = forgotten[firsts].masked_fill_(fresh, 0)
+        begins = common.seq_lens[:requests] - common.query_start_loc[: requests + 1].diff()
+        taken_back = latest[firsts] >= begins
+        forgotten[firsts] = (forgotten[firsts] - taken_back.int()).masked_fill_(begins == 0, 0)
+        latest[firsts] = latest[firsts].masked_fill_(taken_back, -1)
 
     def hole_compact(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """Return a step's metadata with the tables, lengths and slots that these layers see."""
@@ -287,8 +298,9 @@ class TextCache:
             return
         requests = step.num_reqs
         last = (step.query_start_loc[1 : requests + 1] - 1).clamp_min(0).long()
-        answer = positions[last] >= batch.prompts[:requests]
-        self._forget((answer & ~self._keeps(hidden[last])).int())
+        at = positions[last]
+        forgets = (at >= batch.prompts[:requests]) & ~self._keeps(hidden[last])
+        self._forget(forgets.int(), torch.where(forgets, at, -1))
 
     def _keeps(self, hidden: torch.Tensor) -> torch.Tensor:
         kept = keeps(self._predictor(hidden))
@@ -298,13 +310,21 @@ class TextCache:
             kept = group.broadcast(kept.int(), src=0).bool()
         return kept
 
-    def _forget(self, counts: torch.Tensor) -> None:
-        """Add to the counters of the step's requests, int32, shape (requests,)."""
-        forgotten = self._view.forgotten
-        assert forgotten is not None
-        builders = {id(found): found for found in map(self._view.builder_of, self._layers)}
+    def _forget(self, counts: torch.Tensor, latest: torch.Tensor | None = None) -> None:
+        """Add to the counters of the step's requests.
+
+        Args:
+            counts: Tokens that each forgets; int32, shape (requests,).
+            latest: Position of its last row, if that is forgotten, else -1; int64, (requests,).
+        """
+        view = self._view
+        assert view.forgotten is not None and view.latest is not None
+        builders = {id(found): found for found in map(view.builder_of, self._layers)}
         for builder in builders.values():
-            forgotten.index_add_(0, builder.text_rows.firsts[: len(counts)], counts)
+            firsts = builder.text_rows.firsts[: len(counts)]
+            view.forgotten.index_add_(0, firsts, counts)
+            if latest is not None:
+                view.latest.index_copy_(0, firsts, latest)
 
     def report(self) -> Report | None:
         """Begin to tell how many tokens each request of the last step has forgotten by now.

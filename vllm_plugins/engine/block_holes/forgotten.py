@@ -35,6 +35,11 @@ class Forgotten:
     def __len__(self) -> int:
         return len(self._cells)
 
+    @property
+    def total(self) -> int:
+        """How many tokens are known to be forgotten, of all requests."""
+        return sum(cell.tokens for cell in self._cells.values())
+
     def of(self, request_id: str) -> int:
         """Return how many tokens a request is known to have forgotten."""
         cell = self._cells.get(request_id)

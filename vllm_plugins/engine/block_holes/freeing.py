@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from vllm_plugins.engine.block_holes.plan import Hole, Span, StepPlan
     from vllm_plugins.engine.policy import SchedulerFacts, Step
+    from vllm_plugins.engine.policy import StepPlan as NextStep
     from vllm_plugins.engine.worker_host import RunnerView
     from vllm_plugins.metrics import Metrics, MetricSpec
 
@@ -152,19 +153,26 @@ class HolePolicy(SchedulerPolicy):
         plan_span: Plans the hole of a span, as the worker does.
         held: Gauge of blocks that requests would hold, but that are holes.
         reporter: Plug-in whose workers report, by request, how many tokens are forgotten.
+        forgotten: Gauge of these tokens, where there is a reporter.
     """
 
     whole_media = True
 
     def __init__(
-        self, plan_span: Callable[[Span], Hole], held: MetricSpec, reporter: str | None = None
+        self,
+        plan_span: Callable[[Span], Hole],
+        held: MetricSpec,
+        reporter: str | None = None,
+        forgotten: MetricSpec | None = None,
     ) -> None:
         self._plan_span = plan_span
         self._held = held
         self._reporter = reporter
         self._holes: dict[str, Sequence[Hole]] = {}
+        self._sessions: dict[str, Request] = {}
         self._forgotten = Forgotten()
-        self.metrics = (held,)
+        self._gauge = forgotten
+        self.metrics = (held,) if forgotten is None else (held, forgotten)
 
     def bind(self, facts: SchedulerFacts, metrics: Metrics) -> None:
         """Let the managers of this engine, and of no other one in the process, see the holes."""
@@ -178,36 +186,64 @@ class HolePolicy(SchedulerPolicy):
         self._groups = len(managers)
 
     def added(self, request: Request, arrived: float) -> None:
-        """Plan the holes of a new request."""
+        """Plan the holes of a new request.
+
+        What is added to a session under its name counts positions from its own first token, and
+        vLLM puts it behind the session's tokens when it is that one's turn.
+        """
+        if request.request_id in self._sessions:
+            return
+        if request.resumable:
+            self._sessions[request.request_id] = request
+        self._plan_holes(request)
+
+    def plan(self, plan: NextStep) -> None:
+        """Plan the holes of what sessions have gained."""
+        for request in self._sessions.values():
+            self._plan_holes(request)
+
+    def _plan_holes(self, request: Request) -> None:
         spans = [
             (first, last + 1)
             for feature in request.mm_features
             for first, last in feature.mm_position.extract_embeds_range()
         ]
         holes = tuple(hole for hole in map(self._plan_span, spans) if hole.blocks)
-        if holes:
+        if holes != self._holes.get(request.request_id, ()):
             self._holes[request.request_id] = holes
             self._count()
 
     def scheduled(self, step: Step) -> None:
-        """Remember for whom the step's report will be."""
+        """Remember for whom the step's report will be.
+
+        Sessions are not told of: what is known of their tokens is no lower bound, for they may
+        take back the last one.
+        """
         if self._reporter is not None:
-            step.notes[CELLS] = self._forgotten.take(step.output.num_scheduled_tokens)
+            names = [n for n in step.output.num_scheduled_tokens if n not in self._sessions]
+            step.notes[CELLS] = self._forgotten.take(names)
 
     def completed(self, step: Step) -> None:
         """Learn how many tokens are forgotten."""
         if self._reporter is not None and self._reporter in step.reports:
             write(step.notes[CELLS], step.reports[self._reporter])
+            self._count_forgotten()
 
     def forget(self, request_ids: Collection[str]) -> None:
         """Drop the holes of requests that are gone."""
         for name in request_ids:
             self._holes.pop(name, None)
+            self._sessions.pop(name, None)
         self._count()
+        self._count_forgotten()
 
     def _count(self) -> None:
         blocks = sum(hole.blocks for holes in self._holes.values() for hole in holes)
         self.metric.set(self._held.name, blocks * self._groups)
+
+    def _count_forgotten(self) -> None:
+        if self._gauge is not None:
+            self.metric.set(self._gauge.name, self._forgotten.total)
 
 
 class FreedBlocks:
