@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_plugins.compat import behaviours
+from vllm_plugins.compat import behaviours, worker_behaviours
 from vllm_plugins.compat.attention_contracts import ATTENTION_CONTRACTS
 from vllm_plugins.compat.contract import (
     REST_ANY,
@@ -20,6 +20,7 @@ from vllm_plugins.compat.worker_contracts import WORKER_CONTRACTS
 
 ACTIVATION = "activation.py"
 HOST = "engine/scheduler_host.py"
+REPORTS = "engine/step_reports.py"
 METRICS = "metrics.py"
 SETTINGS = "settings.py"
 DOCTOR = "cli/doctor.py"
@@ -215,7 +216,15 @@ DATA = (
          "Requests in their first step."),
     has(f"{_OUTPUT}:CachedRequestData", "req_ids resumed_req_ids num_computed_tokens",
          "Requests that come back after preemption are prefills again."),
-    is_class("vllm.v1.outputs:ModelRunnerOutput", "Passed on to the stock method."),
+    is_class("vllm.v1.outputs:ModelRunnerOutput",
+             "A step's result, passed on to the stock method.", HOST, REPORTS),
+    has("vllm.v1.outputs:EMPTY_MODEL_RUNNER_OUTPUT", "req_ids",
+        "The result of steps without requests, which they share.", REPORTS, kind="object"),
+    is_class("vllm.v1.outputs:AsyncModelRunnerOutput", "A result on its way to the host.", REPORTS),
+    method("vllm.v1.outputs:AsyncModelRunnerOutput.get_output", "",
+           "Overridden: reports are read where vLLM waits for a step's tokens.", REPORTS),
+    behaves("vllm.v1.outputs:ModelRunnerOutput", worker_behaviours.results_carry_reports,
+            "A result keeps an attribute of ours on its way between processes.", REPORTS),
     is_class("vllm.v1.engine:EngineCoreOutputs", "What a finished step gives each client."),
     has("vllm.v1.engine:EngineCoreOutputs", "outputs", "Finished and emitting requests."),
     has("vllm.v1.engine:EngineCoreOutput", "request_id new_token_ids",

@@ -21,7 +21,6 @@ from vllm_plugins.compat.http_contracts import HTTP_SIDE, TIERS
 from vllm_plugins.registry import load
 
 HOST = "engine/worker_host.py"
-REPORTS = "engine/step_reports.py"
 FORWARD = "engine/partial_forward.py"
 CHECK = "kv_connectors/kvshare/check_pass.py"
 PAGES = "engine/kv_pages.py"
@@ -69,16 +68,8 @@ WORKER = (
            "Wrapped: listeners enclose a step.", HOST),
     method(f"{_WORKER}.sample_tokens", "grammar_output",
            "Wrapped: listeners' reports go to the scheduler with a step's result.", HOST),
-    is_class("vllm.v1.outputs:ModelRunnerOutput", "A step's result.", REPORTS),
     has("vllm.v1.outputs:ModelRunnerOutput", "req_ids", "Whose results they are, in order.",
         "visual_tokens/dynamic_llava/text_cache.py"),
-    has("vllm.v1.outputs:EMPTY_MODEL_RUNNER_OUTPUT", "req_ids",
-        "The result of steps without requests, which they share.", REPORTS, kind="object"),
-    is_class("vllm.v1.outputs:AsyncModelRunnerOutput", "A result on its way to the host.", REPORTS),
-    method("vllm.v1.outputs:AsyncModelRunnerOutput.get_output", "",
-           "Overridden: reports are read where vLLM waits for a step's tokens.", REPORTS),
-    behaves("vllm.v1.outputs:ModelRunnerOutput", behaviours.results_carry_reports,
-            "A result keeps an attribute of ours on its way between processes.", REPORTS),
     method(f"{_WORKER}.shutdown", "", "Wrapped: listeners release what they hold.", HOST),
     has(_WORKER, "device model_runner", "Where the model is, and who holds it.", HOST),
     behaves("vllm.v1.worker.gpu_model_runner:GPUModelRunner",
