@@ -98,6 +98,23 @@ def worker_of(llm: "LLM") -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
 
 
+@contextmanager
+def preemptions(llm: "LLM") -> Iterator[list[tuple[Any, int]]]:
+    """List each request that is preempted, and how many tokens of its answer it had."""
+    scheduler, seen = scheduler_of(llm), []
+    original = scheduler._preempt_request
+
+    def preempt(request: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append((request, request.num_output_tokens))
+        return original(request, *args, **kwargs)
+
+    scheduler._preempt_request = preempt
+    try:
+        yield seen
+    finally:
+        del scheduler._preempt_request
+
+
 def plugin_samples() -> list[Any]:
     """Return what engines of this process have written for `/metrics`, whoever else reads it."""
     from prometheus_client import CollectorRegistry

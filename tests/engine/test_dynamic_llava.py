@@ -30,7 +30,7 @@ from tests.engine.dynamic_llava_engine import (
     worst_of_allowed,
 )
 from tests.engine.grammars import KINDS, assert_follows, constrained, json_words
-from tests.models import make_engine, plugin_samples, scheduler_of, worker_of
+from tests.models import make_engine, plugin_samples, preemptions, scheduler_of, worker_of
 
 pytestmark = pytest.mark.engine
 
@@ -275,16 +275,9 @@ def test_small_steps_and_preemption():
     # A resumed request may find its own first blocks, and would choose among the rest of an image.
     tight["enable_prefix_caching"] = False
     with pruned(**tight) as llm:
-        scheduler, preempted = scheduler_of(llm), []
-        original = scheduler._preempt_request
-
-        def preempt(request, *args, **kwargs):
-            preempted.append(request.num_output_tokens)
-            return original(request, *args, **kwargs)
-
-        scheduler._preempt_request = preempt
-        outputs = answers(llm, asks, tokens=70)
-        assert any(tokens > 0 for tokens in preempted), preempted
+        with preemptions(llm) as seen:
+            outputs = answers(llm, asks, tokens=70)
+        assert any(tokens > 0 for _, tokens in seen), seen
         assert_equal(asks, outputs)
         assert_idle(llm)
 

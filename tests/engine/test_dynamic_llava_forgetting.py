@@ -22,7 +22,7 @@ from tests.engine.test_dynamic_llava_text import (
     assert_replays,
     replayed,
 )
-from tests.models import scheduler_of, worker_of
+from tests.models import preemptions, scheduler_of, worker_of
 
 pytestmark = pytest.mark.engine
 
@@ -103,17 +103,10 @@ def held_while_answering(llm, asks):
 
 def under_pressure(llm, asks, temperature):
     """Answer, with some preempted in the middle of their answers."""
-    scheduler, preempted = scheduler_of(llm), []
-    original = scheduler._preempt_request
-
-    def preempt(request, *args, **kwargs):
-        preempted.append(request.num_output_tokens)
-        return original(request, *args, **kwargs)
-
-    scheduler._preempt_request = preempt
-    outputs = answers(llm, asks, TOKENS, temperature)
+    with preemptions(llm) as seen:
+        outputs = answers(llm, asks, TOKENS, temperature)
     # Enough of an answer to have forgotten some of it.
-    assert any(count > 10 for count in preempted), preempted
+    assert any(count > 10 for _, count in seen), seen
     return outputs
 
 

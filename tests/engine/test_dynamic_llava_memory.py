@@ -14,7 +14,7 @@ from tests.engine.dynamic_llava_engine import (
     plain_model,
     pruned,
 )
-from tests.models import plugin_samples, scheduler_of
+from tests.models import plugin_samples, preemptions, scheduler_of
 
 pytestmark = pytest.mark.engine
 
@@ -92,12 +92,7 @@ def assert_frees(llm, ask):
 
 def answers_under_pressure(llm):
     """Answer a crowd, with preemptions, and blocks that were holes being written by others."""
-    scheduler, preempted, written = scheduler_of(llm), [], set()
-    original = scheduler._preempt_request
-
-    def preempt(request, *args, **kwargs):
-        preempted.append(request.num_output_tokens)
-        return original(request, *args, **kwargs)
+    written = set()
 
     def watch(manager):
         remove = manager._remove_blocks_in_range
@@ -109,11 +104,11 @@ def answers_under_pressure(llm):
 
         manager._remove_blocks_in_range = watched
 
-    scheduler._preempt_request = preempt
     for manager in managers_of(llm):
         watch(manager)
-    outputs = answers(llm, CROWD, tokens=60)
-    assert any(tokens > 0 for tokens in preempted), preempted
+    with preemptions(llm) as seen:
+        outputs = answers(llm, CROWD, tokens=60)
+    assert any(tokens > 0 for _, tokens in seen), seen
     # A good part of the pool were holes once, and are other requests' later.
     assert len(written) > 10 * (1 + len(managers_of(llm)))
     return outputs

@@ -16,7 +16,7 @@ from tests.engine.dynamic_llava_engine import (
     with_predictors,
     worst,
 )
-from tests.models import make_engine, scheduler_of, worker_of
+from tests.models import make_engine, preemptions, scheduler_of, worker_of
 
 pytestmark = pytest.mark.engine
 
@@ -111,17 +111,10 @@ def test_the_counter_is_what_was_forgotten(llm, model):
 def test_preemption_forgets_the_same_tokens_again(model):
     tight = {"max_num_batched_tokens": 176, "num_gpu_blocks_override": 20, "max_model_len": 600}
     with pruned(TEXT, model, **tight) as llm:
-        scheduler, preempted = scheduler_of(llm), []
-        original = scheduler._preempt_request
-
-        def preempt(request, *args, **kwargs):
-            preempted.append(request.num_output_tokens)
-            return original(request, *args, **kwargs)
-
-        scheduler._preempt_request = preempt
-        outputs = answers(llm, ASKS, tokens=TOKENS, temperature=1)
+        with preemptions(llm) as seen:
+            outputs = answers(llm, ASKS, tokens=TOKENS, temperature=1)
         # Enough of an answer to have forgotten some of it.
-        assert any(tokens > 10 for tokens in preempted), preempted
+        assert any(tokens > 10 for _, tokens in seen), seen
         assert_replays(model, ASKS, outputs)
         assert_idle(llm)
 

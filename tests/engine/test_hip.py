@@ -1,11 +1,9 @@
 """HiP attention on the real engine, with the compiled kernels."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 
-from tests.models import make_engine, scheduler_of, tiny_llama, worker_of
+from tests.models import make_engine, preemptions, scheduler_of, tiny_llama, worker_of
 from vllm_plugins import engine_args
 
 pytestmark = pytest.mark.engine
@@ -54,21 +52,6 @@ def assert_idle(llm):
     # One block is vLLM's own, for padding.
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     llm.reset_prefix_cache()
-
-
-@contextmanager
-def preemptions(llm):
-    """Count them."""
-    scheduler, seen = scheduler_of(llm), []
-    original = scheduler._preempt_request
-
-    def preempt(*args, **kwargs):
-        seen.append(args)
-        return original(*args, **kwargs)
-
-    scheduler._preempt_request = preempt
-    yield seen
-    del scheduler._preempt_request
 
 
 def abort_all(llm):

@@ -16,7 +16,7 @@ from tests.engine.specvlm_engine import (
     prompt,
     use,
 )
-from tests.models import scheduler_of
+from tests.models import preemptions, scheduler_of
 from vllm_plugins.spec_decode.specvlm.settings import OPERATORS
 
 pytestmark = pytest.mark.engine
@@ -149,18 +149,8 @@ def test_preemption(scarce, stock, settings):
     use(scarce, **settings)
     order = list(range(len(PROMPTS)))
     random.Random(0).shuffle(order)
-    scheduler, seen = scheduler_of(scarce), []
-    original = scheduler._preempt_request
-
-    def preempt(request, *args, **kwargs):
-        seen.append(request.request_id)
-        return original(request, *args, **kwargs)
-
-    scheduler._preempt_request = preempt
-    try:
+    with preemptions(scarce) as seen:
         assert greedy(scarce, [PROMPTS[i] for i in order]) == [stock[i] for i in order]
-    finally:
-        scheduler._preempt_request = original
     assert seen
     assert_idle(scarce)
 

@@ -1,11 +1,17 @@
 """ZipCache on the real engine."""
 
 import random
-from contextlib import contextmanager
 
 import pytest
 
-from tests.models import make_engine, plugin_samples, scheduler_of, tiny_llama, worker_of
+from tests.models import (
+    make_engine,
+    plugin_samples,
+    preemptions,
+    scheduler_of,
+    tiny_llama,
+    worker_of,
+)
 from vllm_plugins import engine_args
 from vllm_plugins.attention_backends.zipcache.metrics import BlockMeter
 from vllm_plugins.attention_backends.zipcache.page import PageFormat
@@ -70,21 +76,6 @@ def assert_idle(llm):
     assert len(blocks._free_rows) == blocks.options.rows
     assert len(blocks._free_staging) == blocks.options.staged
     llm.reset_prefix_cache()
-
-
-@contextmanager
-def preemptions(llm):
-    """List them: the request and how many tokens it had generated."""
-    scheduler, seen = scheduler_of(llm), []
-    original = scheduler._preempt_request
-
-    def preempt(request, *args, **kwargs):
-        seen.append((request, request.num_output_tokens))
-        return original(request, *args, **kwargs)
-
-    scheduler._preempt_request = preempt
-    yield seen
-    del scheduler._preempt_request
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ from tests.serving import ProcessFailedError, served
 pytestmark = pytest.mark.serve
 
 PIXELS, TOKENS, BLOCK = 168, 144, 32
+STORY = 300
+"""Tokens of a long answer."""
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 # Made before a server runs: it hangs up on a client that is silent for so long.
 HUGE = huge_png()
@@ -70,10 +72,9 @@ def chat(server, parts, **extra):
     return server.openai.chat.completions.create(
         model=server.model,
         messages=[{"role": "user", "content": parts}],
-        max_tokens=12,
         temperature=0,
         extra_body=more,
-        **extra,
+        **{"max_tokens": 12} | extra,
     )
 
 
@@ -174,6 +175,8 @@ def test_answers_that_are_forgotten_in_part(arguments, tmp_path):
     model = with_predictors(tmp_path, sizes | {"image_keep_rate": 0.3, "text_keep_rate": 0.5})
     with served(model, *arguments, "--plugin", "dynamic_llava:text_keep=true") as forgetful:
         alone = [text(chat(forgetful, content(i))) for i in range(4)]
+        story, whole, forgotten = told(forgetful)
+        assert not forgotten
         with ThreadPoolExecutor(4) as pool:
             assert list(pool.map(lambda i: text(chat(forgetful, content(i))), range(4))) == alone
         assert len(set(alone)) > 1 and dropped(forgetful) > 0
@@ -181,6 +184,29 @@ def test_answers_that_are_forgotten_in_part(arguments, tmp_path):
     ranks = ("--tensor-parallel-size", "2")
     with served(model, *arguments, *both, *ranks) as two, ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda i: text(chat(two, content(i))), range(4))) == alone
+        again, held, forgotten = told(two)
+        assert again == story
+        assert forgotten > STORY / 3
+        # Holes of the prompt's image, of which the rate hides at least two blocks, and the rest.
+        assert held <= whole - forgotten // BLOCK - 2 + 1
+
+
+def told(server):
+    """Have a long answer told.
+
+    Returns:
+        The answer, the most KV blocks that it held, and the most tokens known to be forgotten.
+    """
+    seen, story = {}, ""
+    for piece in chat(server, content(1), stream=True, max_tokens=STORY):
+        story += piece.choices[0].delta.content or ""
+        for sample in server.metrics():
+            seen[sample.name] = max(seen.get(sample.name, 0.0), sample.value)
+            if sample.name == "vllm:cache_config_info":
+                blocks = int(sample.labels["num_gpu_blocks"])
+    # One block is vLLM's own, for padding.
+    held = round(seen["vllm:kv_cache_usage_perc"] * (blocks - 1))
+    return story, held, int(seen.get("vllm_plugins:dynamic_llava_forgotten_tokens", 0))
 
 
 @pytest.mark.parametrize(

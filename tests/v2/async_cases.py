@@ -7,7 +7,7 @@ ahead and their results come later, though the device does not work meanwhile.
 import pytest
 
 from tests.engine.test_hip import SMALL
-from tests.models import make_engine, scheduler_of, tiny_llama, worker_of
+from tests.models import make_engine, preemptions, scheduler_of, tiny_llama, worker_of
 from tests.v2.resumed import resumed_answer, resumptions
 from vllm_plugins import engine_args
 
@@ -80,23 +80,16 @@ def test_answers_are_stocks_also_when_preempted(stock, name):
 
     # One block is padding, and the first two answers end with nine each.
     with engine(num_gpu_blocks_override=18, **PLUGINS[name]) as llm:
-        scheduler, preempted = scheduler_of(llm), []
-        assert isinstance(scheduler, AsyncScheduler)
+        assert isinstance(scheduler_of(llm), AsyncScheduler)
         assert worker_of(llm).model_runner.vllm_config.max_concurrent_batches == 2
-        original = scheduler._preempt_request
-
-        def preempt(request, *args, **kwargs):
-            preempted.append(request)
-            return original(request, *args, **kwargs)
-
-        scheduler._preempt_request = preempt
         [first], [second] = answers(llm, PROMPTS[:1]), answers(llm, PROMPTS[1:2])
         assert [list(x.outputs[0].token_ids) for x in (first, second)] == stock[:2]
         # Made of the first one's texts, in another order.
         assert (second.num_cached_tokens > 200) == (name == "kvshare")
-        assert greedy(llm) == stock
-        assert preempted
-        pool = scheduler.kv_cache_manager.block_pool
+        with preemptions(llm) as seen:
+            assert greedy(llm) == stock
+        assert seen
+        pool = scheduler_of(llm).kv_cache_manager.block_pool
         greedy(llm, [[1, 2, 3]])
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
 
