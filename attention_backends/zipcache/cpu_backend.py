@@ -147,7 +147,8 @@ class ZipCacheCpuImpl(PackedLayer, CPUAttentionBackendImpl):
             )  # fmt: skip
         batch, kernels = attn_metadata.batch if attn_metadata is not None else None, _kernels()
         if batch is None:
-            return output
+            # Not what memory held: a model may choose experts by it.
+            return output.fill_(0)
         kernels.write(self.memory, key, value, batch)
         kernels.attend(self.memory, query, key, value, output, batch, self.scale)
         return output

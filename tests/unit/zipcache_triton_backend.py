@@ -49,9 +49,9 @@ class Packed(PackedCudaBackend):
 
 
 @contextmanager
-def engine():
+def engine(**more):
     arguments = {"seed": 0, "max_num_batched_tokens": 64, "block_size": BLOCK, "max_num_seqs": 4}
-    arguments |= engine_args("zipcache")
+    arguments |= engine_args("zipcache") | more
     with make_engine(tiny_llama(layers=1), **arguments) as llm:
         yield llm
 

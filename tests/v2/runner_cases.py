@@ -29,10 +29,14 @@ def greedy(llm):
     return [list(x.outputs[0].token_ids) for x in llm.generate(inputs, params, use_tqdm=False)]
 
 
-def warm_up(llm):
+def warm_up(llm, tokens=40):
     """Run the steps of requests that no scheduler knows, as the worker's start does on CUDA.
 
     Greedy and without a grammar: kernels for the rest are some that the interpreter cannot run.
+
+    Args:
+        llm: The engine.
+        tokens: Of the last step, nearly all of one prompt; of 16 on CUDA, which fill no block.
     """
     from vllm import SamplingParams
     from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup, warmup_kernels
@@ -43,7 +47,7 @@ def warm_up(llm):
         plain = SamplingParams(temperature=0, max_tokens=8)
         patch.setattr(SamplingParams, "for_sampler_warmup", staticmethod(lambda: plain))
         warmup_kernels(*does)
-    assert run_mixed_prefill_decode_warmup(*does, 40)
+    assert run_mixed_prefill_decode_warmup(*does, tokens)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ Which request a row is, V2 tells nobody; nothing here asks: the worker follows t
 output, and kernels find a row's part by the block that it writes.
 """
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -11,10 +13,16 @@ from tests.engine.test_zipcache import assert_idle, counted, engine, greedy, lif
 from tests.models import worker_of
 from tests.unit import zipcache_triton_backend as cuda
 from tests.v2.resumed import resumed_answer, resumptions
+from tests.v2.runner_cases import warm_up
+from vllm_plugins.attention_backends.zipcache.batch import RAW, SEALED
 from vllm_plugins.attention_backends.zipcache.cuda_backend import ZipCacheCudaImpl
 from vllm_plugins.attention_backends.zipcache.plugin import ZipCachePlugin
 
 TOKENS = 12
+# Of a block that waits for its quota, the first of them.
+STAGED = 0
+# Few enough to be compared after each step.
+FEW = {"max_num_seqs": 8, "num_gpu_blocks_override": 40}
 PROMPTS = [[(7 * i + j * j) % 500 for j in range(n)] for i, n in enumerate((1, 60, 64, 200, 300))]
 
 
@@ -26,17 +34,71 @@ def stock():
 
 @pytest.fixture(scope="module")
 def packed(stock):
-    with engine({}, max_num_seqs=8) as llm:
+    with engine({}, **FEW) as llm:
         yield llm
 
 
-def mixed_warm_up(llm):
-    """Run steps of requests that no scheduler knows, as the worker's start does on CUDA."""
-    from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup
+def layers(llm):
+    """Return the memory of all layers."""
+    [listener] = worker_of(llm).plugin_listeners
+    return [impl.memory for impl in listener._packed.values()]
 
-    worker = worker_of(llm)
-    runner = worker.model_runner
-    assert run_mixed_prefill_decode_warmup(runner, worker.execute_model, worker.sample_tokens, 200)
+
+def kept(llm):
+    """Return a copy of all that is kept of requests, the blocks' states first."""
+    [listener] = worker_of(llm).plugin_listeners
+    parts = [listener._life.state]
+    if listener._tables is not None:
+        parts += [listener._tables.state, listener._tables.parts]
+    for x in layers(llm):
+        parts += [x.cache, x.residual, x.residual_sums, x.staging, x.staging_sums]
+    return [x.clone() for x in parts]
+
+
+def spoil(llm):
+    """Make all that the layers keep NaN, or bytes that mean nothing."""
+    for x in layers(llm):
+        x.cache.fill_(0xFF)
+        x.staging.fill_(0xAA)
+        for part in (x.residual, x.residual_sums, x.staging_sums):
+            part.fill_(torch.nan)
+
+
+def run_dummy(llm, tokens, **shape):
+    """Run a batch of no requests; what it computes are numbers, by which experts are chosen."""
+    # What nobody writes is NaN then.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        hidden, _ = worker_of(llm).model_runner._dummy_run(tokens, **shape)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert hidden.isfinite().all()
+
+
+@contextmanager
+def dummy_batches(llm):
+    """Run batches of no requests after each step, as ranks do that share experts with others.
+
+    They leave all that is kept of requests as it is. Yields where blocks of requests were then:
+    `RAW`, `STAGED` or `SEALED`.
+    """
+    step, seen = llm.llm_engine.step, set()
+
+    def step_and_dummies():
+        outputs, before = step(), kept(llm)
+        worker_of(llm).execute_dummy_batch()
+        # As many tokens as other ranks have: of requests that decode, and of prompts.
+        run_dummy(llm, 4, uniform_decode=True)
+        run_dummy(llm, 25)
+        for x, y in zip(before, kept(llm), strict=True):
+            assert torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+        held = [block for x in life(llm)._requests.values() for block in x.blocks]
+        seen.update(before[0][held].clamp(RAW, STAGED).tolist())
+        return outputs
+
+    llm.llm_engine.step = step_and_dummies
+    yield seen
+    del llm.llm_engine.step
 
 
 def test_it_is_v2(packed):
@@ -52,24 +114,51 @@ def test_what_stays_within_a_block_and_a_prompts_first_token_equal_stock(packed,
     assert_idle(packed)
 
 
-def test_a_batch_answers_as_each_request_alone_also_after_a_warm_up(packed):
+def test_a_batch_answers_as_each_request_alone(packed):
     alone = []
     for prompt in PROMPTS:
         alone += greedy(packed, [prompt], TOKENS)
         packed.reset_prefix_cache()
-    # Before any request in a server; so nothing may depend on what it leaves, nor is it counted.
-    sealed = counted(packed, "sealed_blocks_total"), life(packed).sealed["ended"]
-    mixed_warm_up(packed)
-    # Where ranks share experts, those without work run steps of no requests.
-    worker_of(packed).execute_dummy_batch()
-    assert counted(packed, "sealed_blocks_total") == sealed[0]
-    assert life(packed).sealed["ended"] > sealed[1]
     assert greedy(packed, PROMPTS, TOKENS) == alone
     assert life(packed).sealed["prompt"] > 0 < life(packed).sealed["decode"]
     assert_idle(packed)
     # Their states have other rows now.
     assert greedy(packed, PROMPTS[::-1], TOKENS) == alone[::-1]
     assert_idle(packed)
+
+
+def test_dummy_batches_amid_requests_change_nothing(packed):
+    wanted = greedy(packed, PROMPTS, TOKENS)
+    assert_idle(packed)
+    sealed = counted(packed, "sealed_blocks_total")
+    with dummy_batches(packed) as seen:
+        assert greedy(packed, PROMPTS, TOKENS) == wanted
+    assert seen == {RAW, STAGED, SEALED}
+    assert counted(packed, "sealed_blocks_total") > sealed
+    assert_idle(packed)
+
+
+def test_nothing_that_a_warm_up_leaves_is_read(stock):
+    """Neither memory nor the blocks' life, by an engine whose first requests come after it."""
+    found = []
+    for is_warm in (False, True):
+        with engine({}, **FEW) as llm:
+            if is_warm:
+                counted_before = counted(llm, "sealed_blocks_total")
+                warm_up(llm, 200)
+                # A second time: its requests are the same ones again, and have other rows.
+                warm_up(llm, 200)
+                assert life(llm).sealed["ended"] > 0
+                assert counted(llm, "sealed_blocks_total") == counted_before
+            spoil(llm)
+            answers = greedy(llm, PROMPTS, TOKENS)
+            assert life(llm).sealed["decode"] > 0
+            found.append((answers, [x.cache.clone() for x in layers(llm)]))
+            assert_idle(llm)
+    assert found[0][0] == found[1][0]
+    assert all(map(torch.equal, found[0][1], found[1][1]))
+    # It stays within a block, so it is exact.
+    assert found[1][0][0] == stock[0]
 
 
 def test_preempted_requests_go_on_as_new_ones(stock):
@@ -97,8 +186,13 @@ def test_cudas_backend_answers_as_the_cpus(packed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ZipCachePlugin.backends, "cpu", f"{cuda.__name__}.Backend")
         patch.setattr(ZipCacheCudaImpl, "backend", staticmethod(lambda *_: cuda.Packed))
-        with cuda.engine() as llm:
-            found = cuda.greedy(llm)
+        with cuda.engine(num_gpu_blocks_override=72) as llm:
+            warm_up(llm, 60)
+            assert life(llm).sealed["ended"] > 0
+            spoil(llm)
+            with dummy_batches(llm) as seen:
+                found = cuda.greedy(llm)
+            assert seen == {RAW, STAGED, SEALED}
             [listener] = worker_of(llm).plugin_listeners
             assert torch.equal(listener._tables.state, listener._life.state)
             assert listener._life.sealed["prompt"] > 0
