@@ -33,6 +33,20 @@ def layers_keep_their_backend() -> None:
     expect("return self.attn_backend" in source, "a layer's backend is looked up anew")
 
 
+def dummy_batches_have_no_slots() -> None:
+    """A batch of no requests, which either runner may run amid others, has slots below zero."""
+    import torch
+    from vllm.v1.worker.gpu.block_table import BlockTables
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    tables = object.__new__(BlockTables)
+    tables.slot_mappings = torch.zeros(1, 4, dtype=torch.int64)
+    found = tables.get_dummy_slot_mappings(2)
+    expect(bool((found < 0).all()), "the second runner's would be written to")
+    source = inspect.getsource(GPUModelRunner._dummy_run)  # noqa: SLF001
+    expect("fill_(-1)" in source, "the first runner's may be written to")
+
+
 def flash_attention_takes_pages() -> None:
     """The stock CUDA kernel, which only a CUDA build imports, takes paged keys and an output."""
     from importlib.util import find_spec
