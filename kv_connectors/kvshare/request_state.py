@@ -44,6 +44,7 @@ class RequestState:
         refusal: Why the last look-up promised nothing; None where it did, or once that is counted.
         cached: Tokens that the prefix cache held for it at the last look-up.
         root: Where what the prefix cache held is approximate from; None where it is exact.
+        turns: Blocks at which its chain of hashes has gone over to a root, in order.
         planned: The last plan, whether or not it was carried out.
         used: The plan by which its KV was made; None where nothing was reused.
         pinned: Segments that are kept until the workers have read them.
@@ -63,6 +64,7 @@ class RequestState:
     refusal: Refusal | None = None
     cached: int = 0
     root: Root | None = None
+    turns: list[int] = field(default_factory=list)
     planned: Plan | None = None
     used: Plan | None = None
     pinned: list[Segment] = field(default_factory=list)

@@ -198,7 +198,7 @@ class SchedulerSide:
         state.refreshed = 0 if looked_at else None
         if not exact:
             end, generation = plan.end, plan.generation_at(plan.end) - 1
-            self._chains.leave(request, min(plan.exact_prefix_end, end), end, generation)
+            self._chains.leave(state, min(plan.exact_prefix_end, end), end, generation)
         self._orders.reuses.append(
             Reuse(
                 request.request_id,
@@ -350,10 +350,10 @@ class SchedulerSide:
 
     def _decline(self, request_ids: set[str]) -> None:
         """Have requests computed in full whose KV could not be put together."""
-        self._chains.settle(request_ids)
         for request_id in request_ids:
             state = self._states.get(request_id)
             if state is not None:
+                self._chains.fail(state)
                 state.declined, state.refreshed, state.refusal = True, None, "failed"
                 if not state.request.num_preemptions:
                     # Else the prefix cache may have given back what an earlier plan made.
@@ -384,7 +384,7 @@ class SchedulerSide:
             state.answer, gone = self._desk.carry_out(order)
             self._orders.evicted += gone
             if order.do == "evict":
-                self._chains.forget()
+                self._chains.forget(self._states.values())
         return {"kvshare": {"operator": state.answer}}
 
     def reset(self) -> bool:
@@ -395,6 +395,6 @@ class SchedulerSide:
         """
         gone = self._desk.release_all()
         gone += [key for key in list(self.index) if self.index.remove(key)]
-        self._chains.forget()
+        self._chains.forget(self._states.values())
         self._orders.evicted += gone
         return not len(self.index)

@@ -4,7 +4,8 @@ vLLM's prefix cache knows a block by a chain of hashes. From the first approxima
 on, its chain goes on from a random *root*, so nobody whose chain is exact finds it. Which root went
 in the place of which hash is remembered: a request that would be blended there too takes the same
 turn, and finds in vLLM's own cache what was blended before, and what was computed behind it. While
-that is still being blended, it waits.
+that is still being blended, it waits. Who finds nothing where it has turned, as the blocks are gone
+by then, turns back.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.request import Request
 
     from vllm_plugins.kv_connectors.kvshare.request_state import RequestState
 
@@ -34,14 +34,12 @@ class Root:
         position: Position of that block's first token.
         end: Position behind what was blended.
         generation: Highest generation of the KV that was reused from there on.
-        owner: Name of the request that was blended.
     """
 
     digest: BlockHash
     position: int
     end: int
     generation: int
-    owner: str
 
 
 class TaintedChains:
@@ -55,26 +53,26 @@ class TaintedChains:
         self._pool = pool
         # By the hash in whose place they are, the oldest first.
         self._roots: OrderedDict[BlockHash, Root] = OrderedDict()
-        # Owners whose blocks are not in the prefix cache yet, and will be.
-        self._blending: set[str] = set()
+        # By name of a request whose blocks are not in the prefix cache yet, and will be: the hash
+        # in whose place its root is, and the root.
+        self._blending: dict[str, tuple[BlockHash, Root]] = {}
 
-    def leave(self, request: Request, position: int, end: int, generation: int) -> None:
+    def leave(self, state: RequestState, position: int, end: int, generation: int) -> None:
         """Take a request's blocks out of the exact chain.
 
         Args:
-            request: It is about to be blended, and has its blocks.
+            state: Of a request that is about to be blended, and has its blocks.
             position: First token whose KV is approximate. What is before it stays shared.
             end: Position behind the last one that is blended.
             generation: Highest generation of the KV that it reuses.
         """
-        block = self._pool.hash_block_size
-        whole = position // block
-        if whole >= len(request.block_hashes):
+        whole = position // self._pool.hash_block_size
+        if whole >= len(state.request.block_hashes):
             return
-        owner = request.request_id
-        root = Root(BlockHash(os.urandom(32)), whole * block, end, generation, owner)
-        self._blending.add(owner)
-        replaced = self._turn(request, whole, root)
+        digest = BlockHash(os.urandom(32))
+        root = Root(digest, whole * self._pool.hash_block_size, end, generation)
+        replaced = self._turn(state, whole, root)
+        self._blending[state.request.request_id] = replaced, root
         self._roots[replaced] = root
         self._roots.move_to_end(replaced)
         if len(self._roots) > self._pool.num_gpu_blocks:
@@ -84,25 +82,23 @@ class TaintedChains:
         """Put a request on the chain of an earlier one, from where that left this one's on.
 
         Args:
-            state: Of a request that may be blended and has not been admitted. Its ``root`` is set
-                where it changes its chain.
+            state: Of a request that may be blended and has no blocks. Its ``root`` is set where it
+                changes its chain.
             reach: Position up to which it may be blended itself, or 0. Who shares little
                 of what is being blended does not wait for all of it.
 
         Returns:
             Whether the prefix cache has more for it than ``state.cached``, or will have soon.
         """
-        request = state.request
+        self.turn_back(state)
+        hashes = state.request.block_hashes
         whole = state.cached // self._pool.hash_block_size
-        if reach <= state.cached or whole >= len(request.block_hashes):
+        if reach <= state.cached or whole >= len(hashes):
             return False
-        root = self._roots.get(request.block_hashes[whole])
-        if root is None:
-            return False
-        if self._pool.get_cached_block(root.digest, [0]) is None:
-            shared = min(reach, root.end) - state.cached
-            return root.owner in self._blending and 2 * shared >= root.end - root.position
-        self._turn(request, whole, root)
+        root = self._roots.get(hashes[whole])
+        if root is None or self._pool.get_cached_block(root.digest, [0]) is None:
+            return self._awaits(state, reach)
+        self._turn(state, whole, root)
         first = state.root or root
         state.root = replace(
             root,
@@ -111,19 +107,69 @@ class TaintedChains:
         )
         return True
 
+    def _awaits(self, state: RequestState, reach: int) -> bool:
+        """Whether half of what is being put together on a request's chain is for it too.
+
+        What begins with KV that is loaded as it is has its root further on than the request's hit.
+        """
+        block, hashes = self._pool.hash_block_size, state.request.block_hashes
+        for replaced, root in self._blending.values():
+            shared = min(reach, root.end) - state.cached
+            if root.position < state.cached or 2 * shared < root.end - state.cached:
+                continue
+            if hashes[root.position // block : root.position // block + 1] == [replaced]:
+                return True
+        return False
+
+    def turn_back(self, state: RequestState) -> None:
+        """Undo a request's turns of which it has no block; none is at hand behind its hit.
+
+        What it computes from there on is named by what it then is.
+        """
+        self._undo(state, state.cached // self._pool.hash_block_size)
+
     def settle(self, owners: Iterable[str]) -> None:
         """Have nobody wait for these requests any more."""
-        self._blending.difference_update(owners)
+        for owner in owners:
+            self._blending.pop(owner, None)
 
-    def forget(self) -> None:
-        """Forget all roots, as when the weights change."""
+    def fail(self, state: RequestState) -> None:
+        """Put a request back that is not blended after all: it computes what is behind its hit."""
+        self.settle([state.request.request_id])
+        self.turn_back(state)
+
+    def forget(self, states: Iterable[RequestState]) -> None:
+        """Forget all roots, as when the weights change.
+
+        Args:
+            states: Of all requests. Who has turned to a root and has no blocks yet gets none of it.
+        """
         self._roots.clear()
+        self._blending.clear()
+        for state in states:
+            if not state.request.num_computed_tokens:
+                self._undo(state, 0)
 
     @staticmethod
-    def _turn(request: Request, whole: int, root: Root) -> BlockHash:
+    def _turn(state: RequestState, whole: int, root: Root) -> BlockHash:
         """Put a root in the place of a hash, which is returned."""
+        request = state.request
         replaced = request.block_hashes[whole]
         del request.block_hashes[whole:]
         request.block_hashes.append(root.digest)
         request.update_block_hashes()
+        state.turns = [*(turn for turn in state.turns if turn < whole), whole]
         return replaced
+
+    @staticmethod
+    def _undo(state: RequestState, whole: int) -> None:
+        """Put a request back on the chain that it has left at a block, or behind it."""
+        kept = [turn for turn in state.turns if turn < whole]
+        if len(kept) == len(state.turns):
+            return
+        request = state.request
+        del request.block_hashes[state.turns[len(kept)] :]
+        request.update_block_hashes()
+        state.turns = kept
+        if not kept:
+            state.root = None

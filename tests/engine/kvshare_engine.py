@@ -29,6 +29,9 @@ def prompt(*order, question=7):
 ORDERS = [(0, 1, 2), (2, 0, 1), (3, 1), (1, 3, 0), (4, 2, 3, 0), (0,), (2, 4)]
 PROMPTS = [prompt(*order, question=9 * i + 2) for i, order in enumerate(ORDERS)]
 
+# Takes nothing that is stored, and what is exact of the prefix cache.
+EXACT = {"kv_transfer_params": {"kvshare": {"reuse": False}}}
+
 # Likeliest tokens at each place whose log-probabilities are compared.
 LOGPROBS = 20
 
@@ -106,6 +109,28 @@ def served(spec, model=None, **arguments):
     extra = vllm_plugins.engine_args(*spec.split()) if spec else {}
     with make_engine(model or tiny_llama(layers=4), **ENGINE | arguments, **extra) as llm:
         yield Served(llm) if spec else llm
+
+
+def whole(length):
+    """Tokens of full blocks that a prompt can find, whose last token is computed."""
+    return (length - 1) // BLOCK * BLOCK
+
+
+@contextmanager
+def plans(engine):
+    """The requests whose KV is put together meanwhile, with the tokens that were promised last."""
+    found, admitted = {}, engine.side.admitted
+
+    def note(request, promised):
+        if promised:
+            found[request.request_id] = promised
+        admitted(request, promised)
+
+    engine.side.admitted = note
+    try:
+        yield found
+    finally:
+        del engine.side.admitted
 
 
 def tokens_of(outputs):

@@ -4,21 +4,23 @@ import pytest
 
 from tests.engine.kvshare_engine import (
     BLOCK,
+    DOCS,
+    EXACT,
     LOGPROBS,
     NEUTRAL,
     PROMPTS,
     assert_stock,
     logprob_error,
+    plans,
     prompt,
     served,
     stock_outputs,
     tokens_of,
+    whole,
 )
 from tests.models import plugin_samples
 
 pytestmark = pytest.mark.engine
-
-EXACT = {"kv_transfer_params": {"kvshare": {"reuse": False}}}
 
 
 @pytest.fixture(scope="module")
@@ -27,32 +29,14 @@ def neutral(stock):
         yield engine
 
 
-def whole(length):
-    """Tokens of full blocks that a prompt can find, whose last token is computed."""
-    return (length - 1) // BLOCK * BLOCK
-
-
-def plans(engine):
-    """The requests whose KV is put together from now on, with the tokens that are promised."""
-    found, admitted = {}, engine.side.admitted
-
-    def note(request, promised):
-        if promised:
-            found[request.request_id] = promised
-        admitted(request, promised)
-
-    engine.side.admitted = note
-    return found
-
-
 @pytest.fixture
 def blended(neutral):
     """The engine, which has computed one prompt and blended another; and who is blended next."""
     neutral.forget()
     neutral.greedy([prompt(0, 1, 2)])
     assert neutral.greedy([PROMPTS[1]])[0].num_cached_tokens > 0
-    yield neutral, plans(neutral)
-    del neutral.side.admitted
+    with plans(neutral) as put_together:
+        yield neutral, put_together
     neutral.assert_idle()
 
 
@@ -81,6 +65,21 @@ def test_who_comes_while_it_is_blended_waits_for_that(blended, stock):
     assert len(put_together) == 2
     assert_stock(outputs, [stock[i] for i in (2, 4, 4, 2, 4)])
     assert not engine.side._chains._blending
+
+
+def test_who_comes_while_its_exact_head_is_loaded_waits_too(blended, stock):
+    """Where nobody's head is in the prefix cache, as for the answers of one request."""
+    from vllm import SamplingParams
+
+    engine, put_together = blended
+    assert engine.llm.reset_prefix_cache()
+    text = prompt(0, 2, 1, question=33)
+    several = SamplingParams(n=3, temperature=1, top_k=1, max_tokens=6, ignore_eos=True)
+    [output] = engine.llm.generate([{"prompt_token_ids": text}], several, use_tqdm=False)
+    assert len(put_together) == 1
+    [alone] = engine.greedy([text], extra=EXACT)
+    assert 0 < alone.num_cached_tokens <= len(DOCS[0])
+    assert [answer.token_ids for answer in output.outputs] == tokens_of([alone]) * 3
 
 
 def test_who_waits_for_one_that_is_aborted_is_blended(blended, stock):
