@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.request import Request
 
     from vllm_plugins.kv_connectors.kvshare.request_state import RequestState
 
@@ -90,7 +91,7 @@ class TaintedChains:
         Returns:
             Whether the prefix cache has more for it than ``state.cached``, or will have soon.
         """
-        self.turn_back(state)
+        self._undo(state, state.cached // self._pool.hash_block_size)
         hashes = state.request.block_hashes
         whole = state.cached // self._pool.hash_block_size
         if reach <= state.cached or whole >= len(hashes):
@@ -121,13 +122,6 @@ class TaintedChains:
                 return True
         return False
 
-    def turn_back(self, state: RequestState) -> None:
-        """Undo a request's turns of which it has no block; none is at hand behind its hit.
-
-        What it computes from there on is named by what it then is.
-        """
-        self._undo(state, state.cached // self._pool.hash_block_size)
-
     def settle(self, owners: Iterable[str]) -> None:
         """Have nobody wait for these requests any more."""
         for owner in owners:
@@ -136,7 +130,7 @@ class TaintedChains:
     def fail(self, state: RequestState) -> None:
         """Put a request back that is not blended after all: it computes what is behind its hit."""
         self.settle([state.request.request_id])
-        self.turn_back(state)
+        self._undo(state, state.cached // self._pool.hash_block_size)
 
     def forget(self, states: Iterable[RequestState]) -> None:
         """Forget all roots, as when the weights change.
@@ -153,23 +147,28 @@ class TaintedChains:
     @staticmethod
     def _turn(state: RequestState, whole: int, root: Root) -> BlockHash:
         """Put a root in the place of a hash, which is returned."""
-        request = state.request
-        replaced = request.block_hashes[whole]
-        del request.block_hashes[whole:]
-        request.block_hashes.append(root.digest)
-        request.update_block_hashes()
+        replaced = state.request.block_hashes[whole]
+        _hash_from(state.request, whole, root.digest)
         state.turns = [*(turn for turn in state.turns if turn < whole), whole]
         return replaced
 
     @staticmethod
     def _undo(state: RequestState, whole: int) -> None:
-        """Put a request back on the chain that it has left at a block, or behind it."""
+        """Put a request back on the chain that it has left at a block or behind it.
+
+        It has none of the blocks from there on; those that it computes bear the hashes of that
+        chain.
+        """
         kept = [turn for turn in state.turns if turn < whole]
         if len(kept) == len(state.turns):
             return
-        request = state.request
-        del request.block_hashes[state.turns[len(kept)] :]
-        request.update_block_hashes()
+        _hash_from(state.request, state.turns[len(kept)])
         state.turns = kept
         if not kept:
             state.root = None
+
+
+def _hash_from(request: Request, whole: int, *root: BlockHash) -> None:
+    """Hash a request's blocks anew from one on, behind a root where there is one in its place."""
+    request.block_hashes[whole:] = root
+    request.update_block_hashes()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from vision import QWEN_END, QWEN_FAMILIES, QWEN_IMAGE, QWEN_START, tiny_qwen_vl
+from vision import QWEN_FAMILIES, tiny_qwen_vl
 
 from tests.engine.kvshare_engine import (
     BLOCK,
@@ -18,6 +18,7 @@ from tests.engine.kvshare_engine import (
     served,
     tokens_of,
 )
+from tests.engine.kvshare_images import TEXTS, with_images
 
 pytestmark = pytest.mark.engine
 
@@ -97,24 +98,6 @@ def test_moved_keys_are_those_of_their_new_positions(family):
         engine.assert_idle()
 
 
-def with_images(*parts):
-    """A prompt of texts and, for each string, an image of its own."""
-    import PIL.Image
-
-    tokens, images = [], []
-    for part in parts:
-        if isinstance(part, str):
-            size = (56, 84) if part < "c" else (112, 56)
-            color = tuple(np.random.default_rng(ord(part)).integers(0, 255, 3).tolist())
-            images.append(PIL.Image.new("RGB", size, color))
-            tokens += [QWEN_START, QWEN_IMAGE, QWEN_END]
-        else:
-            tokens += part
-    return {"prompt_token_ids": tokens, "multi_modal_data": {"image": images}}
-
-
-# Without the ids that stand for images, which DOCS has.
-TEXTS = [[token + 8 for token in text] for text in DOCS]
 WITH_IMAGES = [
     with_images(TEXTS[0], TEXTS[1], "a", TEXTS[2], "b", [7, 8]),
     with_images(TEXTS[1], "c", TEXTS[0], [7, 8]),
