@@ -48,7 +48,11 @@ from vllm_plugins.bench.server import Server, free_port, serve
 
 KEY = "vllm_plugins_pd"
 LENGTHS = (250, 1000, 2000)
-START_S = 300.0
+# An instance of NIXL's spins while the other starts.
+START_S = 600.0
+# What counts the bytes that the decode instance pulled, and the seconds that it took: pd's, NIXL's.
+BYTES = ("vllm_plugins:pd_received_bytes_total", "vllm:nixl_bytes_transferred_sum")
+SECONDS = ("vllm_plugins:pd_pull_seconds_sum", "vllm:nixl_xfer_time_seconds_sum")
 
 
 @dataclass(frozen=True)
@@ -148,9 +152,9 @@ class Pair:
         found = {"bytes": 0.0, "seconds": 0.0}
         with urllib.request.urlopen(f"{self.decode.url}/metrics", timeout=30) as answer:
             for line in answer.read().decode().splitlines():
-                if line.startswith("vllm_plugins:pd_received_bytes_total"):
+                if line.startswith(BYTES):
                     found["bytes"] += float(line.rsplit(" ", 1)[1])
-                elif line.startswith("vllm_plugins:pd_pull_seconds_sum"):
+                elif line.startswith(SECONDS):
                     found["seconds"] += float(line.rsplit(" ", 1)[1])
         return found["bytes"], found["seconds"]
 

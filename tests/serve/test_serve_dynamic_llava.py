@@ -19,7 +19,7 @@ from tests.serving import ProcessFailedError, served
 pytestmark = pytest.mark.serve
 
 PIXELS, TOKENS, BLOCK = 168, 144, 32
-STORY = 300
+STORY = 400
 """Tokens of a long answer."""
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 # Made before a server runs: it hangs up on a client that is silent for so long.
@@ -72,9 +72,8 @@ def chat(server, parts, **extra):
     return server.openai.chat.completions.create(
         model=server.model,
         messages=[{"role": "user", "content": parts}],
-        temperature=0,
         extra_body=more,
-        **{"max_tokens": 12} | extra,
+        **{"max_tokens": 12, "temperature": 0} | extra,
     )
 
 
@@ -175,7 +174,7 @@ def test_answers_that_are_forgotten_in_part(arguments, tmp_path):
     model = with_predictors(tmp_path, sizes | {"image_keep_rate": 0.3, "text_keep_rate": 0.5})
     with served(model, *arguments, "--plugin", "dynamic_llava:text_keep=true") as forgetful:
         alone = [text(chat(forgetful, content(i))) for i in range(4)]
-        story, whole, forgotten = told(forgetful)
+        whole, forgotten = told(forgetful)
         assert not forgotten
         with ThreadPoolExecutor(4) as pool:
             assert list(pool.map(lambda i: text(chat(forgetful, content(i))), range(4))) == alone
@@ -184,29 +183,32 @@ def test_answers_that_are_forgotten_in_part(arguments, tmp_path):
     ranks = ("--tensor-parallel-size", "2")
     with served(model, *arguments, *both, *ranks) as two, ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda i: text(chat(two, content(i))), range(4))) == alone
-        again, held, forgotten = told(two)
-        assert again == story
-        assert forgotten > STORY / 3
-        # Holes of the prompt's image, of which the rate hides at least two blocks, and the rest.
-        assert held <= whole - forgotten // BLOCK - 2 + 1
+        held, forgotten = told(two)
+        assert forgotten > BLOCK
+        # A block has half of the layers there. The rate hides at least two blocks of the image;
+        # the last one of all may have been taken for a token that is forgotten now.
+        assert held <= 2 * whole - 2 - forgotten // BLOCK + 1
 
 
 def told(server):
     """Have a long answer told.
 
     Returns:
-        The answer, the most KV blocks that it held, and the most tokens known to be forgotten.
+        The most KV blocks that it held, and the most tokens known to be forgotten.
     """
-    seen, story = {}, ""
-    for piece in chat(server, content(1), stream=True, max_tokens=STORY):
-        story += piece.choices[0].delta.content or ""
-        for sample in server.metrics():
+    seen = {}
+    # The likeliest tokens are soon the same ones again and again, and those are kept; of these
+    # the predictor drops about half.
+    told = {"allowed_token_ids": list(range(10, 60))}
+    options = {"temperature": 1, "seed": 0, "max_tokens": STORY, "extra_body": told}
+    for number, _ in enumerate(chat(server, content(1), stream=True, **options)):
+        for sample in server.metrics() if number % 16 == 0 else ():
             seen[sample.name] = max(seen.get(sample.name, 0.0), sample.value)
             if sample.name == "vllm:cache_config_info":
                 blocks = int(sample.labels["num_gpu_blocks"])
     # One block is vLLM's own, for padding.
     held = round(seen["vllm:kv_cache_usage_perc"] * (blocks - 1))
-    return story, held, int(seen.get("vllm_plugins:dynamic_llava_forgotten_tokens", 0))
+    return held, int(seen.get("vllm_plugins:dynamic_llava_forgotten_tokens", 0))
 
 
 @pytest.mark.parametrize(
