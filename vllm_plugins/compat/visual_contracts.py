@@ -74,6 +74,8 @@ FREED = (
     behaves(f"{_MANAGERS}:FullAttentionManager.free",
             behaviours.blocks_are_popped_before_they_are_freed,
             "A request that is preempted or gone is forgotten with its blocks.", FREEING),
+    has("vllm.v1.request:Request", "resumable",
+        "A session, to which more is added under its name.", FREEING),
     is_class("vllm.v1.core.kv_cache_utils:KVCacheBlock", "What is allotted."),
     has("vllm.v1.core.kv_cache_manager:KVCacheManager", "coordinator",
         "Leads to the managers of each kind of layers.", FREEING),
