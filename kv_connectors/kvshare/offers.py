@@ -79,15 +79,19 @@ class Offers:
             Why the plan does not pay; None where it does.
         """
         assert state.domain is not None
-        known = state.planned
-        if known is None or known.start != computed or known.version != self._index.version:
+        known, behind = state.planned, _behind(state)
+        if (
+            known is None
+            or (known.start, known.behind) != (computed, behind)
+            or known.version != self._index.version
+        ):
             end = self._end(state)
             if end - computed < self._options.min_reuse:
                 few = is_mixed(state.request) and end < self._options.min_reuse
                 return "media" if few else "short"
             known = self._planner.plan(state.domain, state.tokens, computed, end)
             exact_only = self._options.mode == "exact_only"
-            known = replace(known.shortened(self._block, exact_only), behind=_behind(state))
+            known = replace(known.shortened(self._block, exact_only), behind=behind)
             state.planned = known
         return self._objection(known)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from vllm.v1.core.kv_cache_utils import BlockHash
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.request import Request
@@ -54,9 +54,9 @@ class TaintedChains:
         self._pool = pool
         # By the hash in whose place they are, the oldest first.
         self._roots: OrderedDict[BlockHash, Root] = OrderedDict()
-        # By name of a request whose blocks are not in the prefix cache yet, and will be: the hash
-        # in whose place its root is, and the root.
-        self._blending: dict[str, tuple[BlockHash, Root]] = {}
+        # By name of a request whose blocks are not in the prefix cache yet, and will be: its root,
+        # and the hashes of the chain that it has left, from there to the end of what is blended.
+        self._blending: dict[str, tuple[Root, Sequence[BlockHash]]] = {}
 
     def leave(self, state: RequestState, position: int, end: int, generation: int) -> None:
         """Take a request's blocks out of the exact chain.
@@ -67,15 +67,16 @@ class TaintedChains:
             end: Position behind the last one that is blended.
             generation: Highest generation of the KV that it reuses.
         """
-        whole = position // self._pool.hash_block_size
-        if whole >= len(state.request.block_hashes):
+        block = self._pool.hash_block_size
+        whole = position // block
+        left = state.request.block_hashes[whole : max(whole + 1, end // block)]
+        if not left or not self._pool.enable_caching:
             return
-        digest = BlockHash(os.urandom(32))
-        root = Root(digest, whole * self._pool.hash_block_size, end, generation)
-        replaced = self._turn(state, whole, root)
-        self._blending[state.request.request_id] = replaced, root
-        self._roots[replaced] = root
-        self._roots.move_to_end(replaced)
+        root = Root(BlockHash(os.urandom(32)), whole * block, end, generation)
+        self._turn(state, whole, root)
+        self._blending[state.request.request_id] = root, left
+        self._roots[left[0]] = root
+        self._roots.move_to_end(left[0])
         if len(self._roots) > self._pool.num_gpu_blocks:
             self._roots.popitem(last=False)
 
@@ -91,10 +92,13 @@ class TaintedChains:
         Returns:
             Whether the prefix cache has more for it than ``state.cached``, or will have soon.
         """
-        self._undo(state, state.cached // self._pool.hash_block_size)
-        hashes = state.request.block_hashes
         whole = state.cached // self._pool.hash_block_size
-        if reach <= state.cached or whole >= len(hashes):
+        turned_back, hashes = self._undo(state, whole), state.request.block_hashes
+        if whole >= len(hashes):
+            return False
+        if turned_back and self._pool.get_cached_block(hashes[whole], [0]) is not None:
+            return True
+        if reach <= state.cached:
             return False
         root = self._roots.get(hashes[whole])
         if root is None or self._pool.get_cached_block(root.digest, [0]) is None:
@@ -114,11 +118,15 @@ class TaintedChains:
         What begins with KV that is loaded as it is has its root further on than the request's hit.
         """
         block, hashes = self._pool.hash_block_size, state.request.block_hashes
-        for replaced, root in self._blending.values():
-            shared = min(reach, root.end) - state.cached
-            if root.position < state.cached or 2 * shared < root.end - state.cached:
+        for root, left in self._blending.values():
+            half = (root.end - state.cached + 1) // 2
+            if root.position < state.cached or min(reach, root.end) - state.cached < half:
                 continue
-            if hashes[root.position // block : root.position // block + 1] == [replaced]:
+            # A hash stands for all that is before it, too.
+            place = (state.cached + half - 1) // block - root.position // block
+            last = min(max(place, 0), len(left) - 1)
+            at = root.position // block + last
+            if hashes[at : at + 1] == [left[last]]:
                 return True
         return False
 
@@ -145,27 +153,29 @@ class TaintedChains:
                 self._undo(state, 0)
 
     @staticmethod
-    def _turn(state: RequestState, whole: int, root: Root) -> BlockHash:
-        """Put a root in the place of a hash, which is returned."""
-        replaced = state.request.block_hashes[whole]
+    def _turn(state: RequestState, whole: int, root: Root) -> None:
+        """Put a root in the place of a hash."""
         _hash_from(state.request, whole, root.digest)
         state.turns = [*(turn for turn in state.turns if turn < whole), whole]
-        return replaced
 
     @staticmethod
-    def _undo(state: RequestState, whole: int) -> None:
+    def _undo(state: RequestState, whole: int) -> bool:
         """Put a request back on the chain that it has left at a block or behind it.
 
         It has none of the blocks from there on; those that it computes bear the hashes of that
         chain.
+
+        Returns:
+            Whether it had left it there.
         """
         kept = [turn for turn in state.turns if turn < whole]
         if len(kept) == len(state.turns):
-            return
+            return False
         _hash_from(state.request, state.turns[len(kept)])
         state.turns = kept
         if not kept:
             state.root = None
+        return True
 
 
 def _hash_from(request: Request, whole: int, *root: BlockHash) -> None:

@@ -231,3 +231,30 @@ def test_when_all_is_forgotten_who_has_turned_and_has_no_blocks_turns_back(engin
     assert runs.block_hashes == owner.block_hashes != exact
     assert engine.state(runs).root is not None
     assert engine.redirected(waits, BLOCK) == (False, None)
+
+
+def test_who_differs_soon_behind_the_root_does_not_wait(engine):
+    engine.leave(engine.request(PROMPT), BLOCK, 5 * BLOCK, 0)
+    alike = {at: [*PROMPT[:at], 999, *PROMPT[at + 1 :]] for at in (2 * BLOCK, 3 * BLOCK)}
+    waits = {at: engine.redirected(engine.request(other), BLOCK)[0] for at, other in alike.items()}
+    assert waits == {2 * BLOCK: False, 3 * BLOCK: True}
+
+
+def test_who_turns_back_takes_what_is_exact_there_by_now(engine):
+    owner, turned = engine.request(PROMPT), engine.request(PROMPT)
+    exact = list(turned.block_hashes)
+    engine.leave(owner, BLOCK, 5 * BLOCK, 0)
+    engine.cache(owner.block_hashes[1])
+    assert engine.redirected(turned, BLOCK)[0]
+    engine.chains.forget([engine.state(owner)])
+    engine.cache(exact[1])
+    assert engine.redirected(turned, BLOCK) == (True, None)
+    assert turned.block_hashes == exact
+    # The look-up may find no more, as where that block ends the prompt.
+    assert engine.redirected(turned, BLOCK) == (False, None)
+
+
+def test_without_a_prefix_cache_nobody_waits_for_what_is_never_there(engine):
+    engine.pool.enable_caching = False
+    engine.leave(engine.request(PROMPT), BLOCK, 5 * BLOCK, 0)
+    assert engine.redirected(engine.request(PROMPT), BLOCK) == (False, None)
