@@ -11,9 +11,9 @@ Nobody waits for ever. A request that has waited ``max_wait`` seconds is *overdu
 all that are not; overdue requests are served in order of arrival. So a request is admitted at the
 latest after ``max_wait`` plus the time that the requests which were overdue before it take.
 
-Prompts under way give a step to a waiting request that comes before them, if there is room for it.
-It may be unable to start all the same, such as one whose KV is still on its way; it is asked again
-ever more rarely, so that few steps are given away in vain.
+Prompts under way give a step to waiting requests that come before them, if there is room for the
+first. They may be unable to start all the same, such as one whose KV is still on its way; then they
+are given a step ever more rarely, at last one in 65, also where they are overdue.
 
 The paper orders by arrival; this order is the package's own addition, off unless asked for.
 """
@@ -21,7 +21,7 @@ The paper orders by arrival; this order is the package's own addition, off unles
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass
 
 LONGEST = 6
@@ -50,7 +50,7 @@ class Overtaking:
 
     def __init__(self) -> None:
         self._step = 0
-        self._let_past: str | None = None
+        self._let_past: Collection[str] = ()
         # Steps given to a request in vain, and the step from which on it may be given another one.
         self._in_vain: dict[str, tuple[int, int]] = {}
 
@@ -58,18 +58,23 @@ class Overtaking:
         """Say whether a step is not lost on a request, as far as is known."""
         return self._step >= self._in_vain.get(request_id, (0, 0))[1]
 
-    def let_past(self, request_id: str) -> None:
-        """Remember that the next step is given to a request."""
-        self._let_past = request_id
+    def let_past(self, request_ids: Collection[str]) -> None:
+        """Remember to whom the next step is given: all that come before who is overtaken."""
+        self._let_past = request_ids
 
-    def scheduled(self, used: bool) -> None:
-        """Learn whether any prompt was computed in a step."""
+    def scheduled(self, started: Container[str], lost: bool) -> None:
+        """Learn what has come of a step.
+
+        Args:
+            started: Requests with tokens in the step.
+            lost: Whether those who were overtaken could have had something of it.
+        """
         self._step += 1
-        if self._let_past is not None:
-            times = self._in_vain.pop(self._let_past, (0, 0))[0] + 1
-            if not used:
-                self._in_vain[self._let_past] = (times, self._step + 2 ** min(times - 1, LONGEST))
-        self._let_past = None
+        if lost and not any(name in started for name in self._let_past):
+            for name in self._let_past:
+                times = self._in_vain.get(name, (0, 0))[0]
+                self._in_vain[name] = (times + 1, self._step + 2 ** min(times, LONGEST))
+        self._let_past = ()
 
     def forget(self, request_ids: Collection[str]) -> None:
         """Drop requests that are gone."""

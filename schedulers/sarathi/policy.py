@@ -187,14 +187,15 @@ class SarathiPolicy(SchedulerPolicy):
     def _let_past(self, plan: StepPlan, order: Sequence[Request]) -> None:
         """Hide prompts under way behind the first waiting one that may start before them."""
         under_way = set(plan.prefills)
-        for rank, head in enumerate(order):
-            if head not in under_way and self._overtaking.may(head.request_id):
-                overtaken = [request for request in order[rank:] if request in under_way]
-                if overtaken and plan.can_admit(head):
-                    self._overtaking.let_past(head.request_id)
-                    for request in overtaken:
-                        plan.hide(request)
-                return
+        ranks = enumerate(order)
+        may = (i for i, r in ranks if r not in under_way and self._overtaking.may(r.request_id))
+        first = next(may, len(order))
+        overtaken = [i for i in range(first, len(order)) if order[i] in under_way]
+        if overtaken and plan.can_admit(order[first]):
+            before = [r.request_id for r in order[: overtaken[0]] if r not in under_way]
+            self._overtaking.let_past(before)
+            for i in overtaken:
+                plan.hide(order[i])
 
     def _dues(self, requests: Sequence[Request]) -> list[Waiting]:
         dues = []
@@ -212,7 +213,11 @@ class SarathiPolicy(SchedulerPolicy):
         """Remember what the step contains, and count decodes that were left out."""
         work, prefill_rows = work_of(step)
         step.notes["sarathi"] = (work, prefill_rows)
-        self._overtaking.scheduled(used=bool(prefill_rows))
+        out = step.output
+        began = out.scheduled_new_reqs or out.scheduled_cached_reqs.resumed_req_ids
+        self._overtaking.scheduled(
+            out.num_scheduled_tokens, lost=work.rows < step.plan.token_budget or bool(began)
+        )
         if prefill_rows:
             self.metric.observe(m.BUDGET.name, step.plan.token_budget)
         ran = step.output.num_scheduled_tokens

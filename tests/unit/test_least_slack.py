@@ -2,6 +2,8 @@
 
 import itertools
 import random
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +14,8 @@ from vllm_plugins.schedulers.sarathi.least_slack import (
     least_slack_order,
     moore_hodgson,
 )
+from vllm_plugins.schedulers.sarathi.plugin import SarathiOptions
+from vllm_plugins.schedulers.sarathi.policy import SarathiPolicy
 
 TIMES = st.integers(0, 30)
 WAITING = st.lists(st.tuples(TIMES, TIMES, st.integers(1, 12)), max_size=7).map(
@@ -83,24 +87,68 @@ def test_nobody_waits_longer_than_the_bound():
     assert 3.2 + max_wait <= started[0] <= 3.2 + max_wait + longest
 
 
-def given_to(overtaking, name, steps, used=False):
-    """Return which steps are given to a request whenever it may have one."""
+def given_to(overtaking, names, steps, starts=(), lost=True):
+    """Return which steps are given to requests, as soon as one of them may have one."""
     given = []
     for step in range(steps):
-        if overtaking.may(name):
-            overtaking.let_past(name)
+        if any(overtaking.may(name) for name in names):
+            overtaking.let_past(names)
             given.append(step)
-        overtaking.scheduled(used)
+        overtaking.scheduled(starts, lost)
     return given
 
 
-def test_one_that_cannot_start_is_given_ever_fewer_steps():
+def test_those_who_cannot_start_are_given_ever_fewer_steps():
+    """As many as one alone would be, however many they are."""
+    overtaking, names = Overtaking(), [f"loads {i}" for i in range(100)]
+    assert given_to(overtaking, names, 230) == [0, 2, 5, 10, 19, 36, 69, 134, 199]
+    # One who comes is not kept back by them, and is by itself soon as rare.
+    assert given_to(overtaking, ["comes", *names], 30) == [0, 2, 5, 10, 19]
+    overtaking.forget([*names, "comes", "never seen"])
+    assert overtaking.may("comes") and not overtaking._in_vain
+
+
+def test_no_step_is_in_vain_in_which_one_starts_or_there_was_nothing_to_be_had():
     overtaking = Overtaking()
-    assert given_to(overtaking, "loads", 230) == [0, 2, 5, 10, 19, 36, 69, 134, 199]
-    # Nobody else is kept back by it, nor it itself once it could start.
-    assert given_to(overtaking, "ready", 3, used=True) == [0, 1, 2]
-    given_to(overtaking, "loads", 70, used=True)
-    assert overtaking.may("loads")
-    assert given_to(overtaking, "loads", 6)[:2] == [0, 2]
-    overtaking.forget(["loads", "never seen"])
-    assert overtaking.may("loads") and not overtaking._in_vain
+    assert given_to(overtaking, ["loads", "ready"], 3, starts=["other", "ready"]) == [0, 1, 2]
+    assert given_to(overtaking, ["waits for room"], 3, lost=False) == [0, 1, 2]
+    assert not overtaking._in_vain
+
+
+class Planned(SimpleNamespace):
+    """What a policy sees and hides of a step with prompts under way."""
+
+    def __init__(self, *under_way):
+        super().__init__(prefills=list(under_way), hidden=[], can_admit=lambda request: True)
+
+    def hide(self, request):
+        self.hidden.append(request.request_id)
+
+
+def requests(*names):
+    return [Named(name) for name in names]
+
+
+@dataclass(frozen=True)
+class Named:
+    request_id: str
+
+
+def test_prompts_under_way_give_steps_to_who_comes_before_them():
+    policy = SarathiPolicy(SarathiOptions(order="least_slack"), None)
+    first, under, ready, late, behind = requests("first", "under", "ready", "late", "behind")
+    order = [first, under, ready, late, behind]
+    plan = Planned(under, late)
+    policy._let_past(plan, order)
+    assert plan.hidden == ["under", "late"]
+    # It is not the first one that has started; nobody before the first to be overtaken has.
+    policy._overtaking.scheduled(["ready"], lost=True)
+    plan = Planned(under, late)
+    policy._let_past(plan, order)
+    assert plan.hidden == ["late"]
+    policy._overtaking.scheduled(["ready"], lost=True)
+    plan = Planned(under, late)
+    plan.can_admit = lambda request: False
+    policy._let_past(plan, order)
+    assert not plan.hidden
+    policy._let_past(Planned(), [])
