@@ -181,10 +181,16 @@ def test_the_table_without_holes(data):
         assert int(seen[row]) == sum(kept)
 
 
+def media(first: int, last: int) -> SimpleNamespace:
+    """An image whose tokens are [first, last]."""
+    place = SimpleNamespace(extract_embeds_range=lambda: [(first, last)])
+    return SimpleNamespace(mm_position=place)
+
+
 class Core:
     """The part of an engine's core that frees holes: a pool, its manager and the policy."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep_last: bool = False) -> None:
         from vllm.v1.core.block_pool import BlockPool
 
         from vllm_plugins.engine.block_holes.freeing import HoleManager, HolePolicy, HoleSpec
@@ -197,14 +203,16 @@ class Core:
         self.manager = HoleManager(spec, self.pool, False, 0, 16)
         coordinator = SimpleNamespace(single_type_managers=(self.manager,))
         managers = SimpleNamespace(coordinator=coordinator)
-        self.policy = HolePolicy(lambda span: plan_hole(*span, 20, 16), FREED, "forgetful")
+        self.policy = HolePolicy(
+            lambda span: plan_hole(*span, 20, 16, keep_last), FREED, "forgetful"
+        )
         facts = SchedulerFacts(100, 1, 1, lambda: 0.0, kv_cache_manager=managers)
         self.policy.bind(facts, Metrics([FREED], {}))
 
     def add(self, name: str, first: int, last: int) -> None:
-        place = SimpleNamespace(extract_embeds_range=lambda: [(first, last)])
-        feature = SimpleNamespace(mm_position=place)
-        request = SimpleNamespace(request_id=name, mm_features=[feature], resumable=False)
+        request = SimpleNamespace(
+            request_id=name, mm_features=[media(first, last)], resumable=False
+        )
         self.policy.added(request, 0.0)
         self.manager.allocate_new_blocks(name, last + 1, last + 1)
 
@@ -244,6 +252,54 @@ def test_two_engines_of_a_process_free_their_own_holes():
     second.policy.forget(["0"])
     first.policy.forget(["0", "never seen"])
     assert not first.manager.holes and not second.manager.holes
+
+
+def session(*spans: tuple[int, int]) -> SimpleNamespace:
+    """A request to which more may be added, with images on [first, last]."""
+    ended: list[bool] = []
+    return SimpleNamespace(
+        request_id="0",
+        resumable=True,
+        mm_features=[media(*span) for span in spans],
+        ended=ended,
+        is_finished=lambda: bool(ended),
+    )
+
+
+def test_a_session_gains_images_where_vllm_has_put_them():
+    core = Core()
+    talk = session((0, 159))
+    core.policy.added(talk, 0.0)
+    # Its next turn waits, and has positions of its own.
+    core.policy.added(session((0, 95)), 0.0)
+    core.policy.plan(None)
+    assert [hole.end for hole in core.manager.holes["0"]] == [160]
+    talk.mm_features.append(media(200, 359))
+    core.policy.plan(None)
+    assert [hole.end for hole in core.manager.holes["0"]] == [160, 360]
+    # Sessions may take a token back, so what is told of them is no lower bound.
+    core.complete(core.schedule(**{"0": 400}), **{"0": 50})
+    assert core.policy._forgotten.of("0") == 0
+
+
+def test_a_session_that_takes_back_a_token_behind_its_image_has_its_hole_nevertheless():
+    core = Core(keep_last=True)
+    core.policy.added(session((0, 159)), 0.0)
+    core.manager.allocate_new_blocks("0", 160, 160)
+    # All of the prompt is computed, and one token more, which is under way and taken back.
+    assert core.compute("0", 160 - 1) == plan_hole(0, 160, 20, 16, keep_last=True).blocks > 0
+
+
+def test_a_session_that_comes_again_before_its_end_is_told_of_is_not_forgotten():
+    core = Core()
+    core.policy.added(ended := session((0, 159)), 0.0)
+    ended.ended.append(True)
+    core.policy.added(again := session((0, 95)), 0.0)
+    core.policy.forget(["0"])
+    assert [hole.end for hole in core.manager.holes["0"]] == [96]
+    again.ended.append(True)
+    core.policy.forget(["0"])
+    assert not core.manager.holes and not core.policy._sessions
 
 
 def test_forgotten_tokens_need_no_blocks():

@@ -18,6 +18,7 @@ from tests.engine.test_dynamic_llava_forgetting import (
     under_pressure,
 )
 from tests.engine.test_dynamic_llava_sessions import SPOKEN, assert_follows, session
+from tests.engine.test_dynamic_llava_sessions import TOKENS as TOKENS_OF_A_TURN
 from tests.engine.test_dynamic_llava_text import SPARSE, TEXT, TOKENS, assert_replays
 from tests.models import scheduler_of, worker_of
 from tests.v2.async_cases import asynchronous  # noqa: F401  # a fixture
@@ -83,4 +84,7 @@ def test_a_session_takes_back_what_a_step_ahead_has_forgotten(model, frees):
         for _ in range(4):
             turns = session(llm, SPOKEN, temperature=1, stops=range(10, 40))
             assert_follows(model, SPOKEN, turns)
+            ended = [turn for turn in turns if len(turn.outputs[0].token_ids) < TOKENS_OF_A_TURN]
+            # That a token ends a turn is known when the next step has been scheduled.
+            assert len(ended) > 1
             assert_idle(llm)

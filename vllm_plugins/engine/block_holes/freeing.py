@@ -109,11 +109,14 @@ class HoleManager(FullAttentionManager):
 
         Args:
             request_id: The request.
-            processed_computed_tokens: Tokens whose steps are done.
+            processed_computed_tokens: Tokens whose steps are done, or fewer: of a session that has
+                taken a token back, whose step is under way, the last of those that it kept is
+                taken off in its place.
             num_prompt_tokens: Unused.
         """
         for hole in self.holes.get(request_id, ()):
-            if processed_computed_tokens >= hole.end:
+            # Media come whole, so that this is all of the item.
+            if processed_computed_tokens >= hole.behind:
                 first = hole.first_block
                 self._remove_blocks_in_range(request_id, first, first + hole.blocks)
 
@@ -169,7 +172,8 @@ class HolePolicy(SchedulerPolicy):
         self._held = held
         self._reporter = reporter
         self._holes: dict[str, Sequence[Hole]] = {}
-        self._sessions: dict[str, Request] = {}
+        # With the number of their media whose holes are planned.
+        self._sessions: dict[str, tuple[Request, int]] = {}
         self._forgotten = Forgotten()
         self._gauge = forgotten
         self.metrics = (held,) if forgotten is None else (held, forgotten)
@@ -191,16 +195,23 @@ class HolePolicy(SchedulerPolicy):
         What is added to a session under its name counts positions from its own first token, and
         vLLM puts it behind the session's tokens when it is that one's turn.
         """
-        if request.request_id in self._sessions:
+        if self._is_open(request.request_id):
             return
         if request.resumable:
-            self._sessions[request.request_id] = request
+            self._sessions[request.request_id] = request, len(request.mm_features)
         self._plan_holes(request)
 
     def plan(self, plan: NextStep) -> None:
         """Plan the holes of what sessions have gained."""
-        for request in self._sessions.values():
-            self._plan_holes(request)
+        for name, (request, planned) in self._sessions.items():
+            if len(request.mm_features) > planned:
+                self._sessions[name] = request, len(request.mm_features)
+                self._plan_holes(request)
+
+    def _is_open(self, request_id: str) -> bool:
+        """Whether a session has this name and goes on."""
+        known = self._sessions.get(request_id)
+        return known is not None and not known[0].is_finished()
 
     def _plan_holes(self, request: Request) -> None:
         spans = [
@@ -232,8 +243,10 @@ class HolePolicy(SchedulerPolicy):
     def forget(self, request_ids: Collection[str]) -> None:
         """Drop the holes of requests that are gone."""
         for name in request_ids:
-            self._holes.pop(name, None)
-            self._sessions.pop(name, None)
+            # It may have come again by now, under the name of one that had ended.
+            if not self._is_open(name):
+                self._holes.pop(name, None)
+                self._sessions.pop(name, None)
         self._count()
         self._count_forgotten()
 
