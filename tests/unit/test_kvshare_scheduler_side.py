@@ -11,7 +11,6 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm import SamplingParams
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
-from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
@@ -21,7 +20,6 @@ from vllm_plugins.kv_connectors.kvshare.offers import LEAST_SAVING, EngineShape
 from vllm_plugins.kv_connectors.kvshare.plugin import KVShareOptions
 from vllm_plugins.kv_connectors.kvshare.request_state import NO_HIT
 from vllm_plugins.kv_connectors.kvshare.scheduler_side import SchedulerSide
-from vllm_plugins.kv_connectors.kvshare.tainted import Root
 from vllm_plugins.kv_connectors.kvshare.tally import WARM_UP
 from vllm_plugins.kv_connectors.kvshare.transfer import Results
 
@@ -395,16 +393,3 @@ def test_look_ups_of_a_step_are_bounded_by_tokens(server, monkeypatch):
     looked.clear()
     server.side.hits(waiting, 1)
     assert len(looked) == 1
-
-
-def test_a_plan_is_of_the_hit_that_there_is_by_now(server):
-    """As long as before, but found where blended blocks are."""
-    document = server.text(400)
-    server.serve(server.request(document))
-    waits = server.request([*server.text(64), *document, 1, 2, 3])
-    promised = server.side.promise(waits, 32)
-    state = server.side._states[waits.request_id]
-    assert promised > 300 and state.planned.behind == -1
-    state.root = Root(BlockHash(b"root"), 16, 32, 2)
-    assert server.side.promise(waits, 32) == promised
-    assert state.planned.behind == 2

@@ -8,12 +8,14 @@ from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
     get_request_block_hasher,
     init_none_hash,
     make_block_hash_with_group_id,
 )
 from vllm.v1.request import Request
 
+from tests.unit.test_kvshare_scheduler_side import Server
 from vllm_plugins.kv_connectors.kvshare.request_state import RequestState, text_of
 from vllm_plugins.kv_connectors.kvshare.tainted import Root, TaintedChains
 
@@ -258,3 +260,17 @@ def test_without_a_prefix_cache_nobody_waits_for_what_is_never_there(engine):
     engine.pool.enable_caching = False
     engine.leave(engine.request(PROMPT), BLOCK, 5 * BLOCK, 0)
     assert engine.redirected(engine.request(PROMPT), BLOCK) == (False, None)
+
+
+def test_a_plan_is_of_the_hit_that_there_is_by_now():
+    """As long as before, but found where blended blocks are."""
+    server = Server()
+    document = server.text(400)
+    server.serve(server.request(document))
+    waits = server.request([*server.text(64), *document, 1, 2, 3])
+    promised = server.side.promise(waits, 32)
+    state = server.side._states[waits.request_id]
+    assert promised > 300 and state.planned.behind == -1
+    state.root = Root(BlockHash(b"root"), 16, 32, 2)
+    assert server.side.promise(waits, 32) == promised
+    assert state.planned.behind == 2
