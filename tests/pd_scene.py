@@ -146,7 +146,7 @@ def routed(
 def in_every_phase(scene: Scene, *, stop_prefill: bool = False) -> Iterator[None]:
     """Bring requests into every phase at the first prefill and the first decode instance.
 
-    With ``stop_prefill`` the prefill instances are stopped too, so that no prompt is computed.
+    With ``stop_prefill`` the first prefill instance is stopped too, and computes none of them.
     """
     with pulled_and_generating(scene), contextlib.ExitStack() as stack:
         stack.enter_context(computing(scene))
@@ -180,12 +180,14 @@ def pulled_and_generating(scene: Scene) -> Iterator[None]:
 @contextlib.contextmanager
 def computing(scene: Scene) -> Iterator[None]:
     """Give the first prefill instance prompts, among others; it goes on when the block ends."""
-    source = scene.prefill[0]
-    # Of two that compute meanwhile the one with less to do would be asked alone.
-    others = scene.requests_at(source)
-    with stopped(*(one.server for one in scene.prefill)):
-        scene.ask("computing")
-        until(lambda: scene.requests_at(source) > others, 30)
+    source, *others = scene.prefill
+    before = scene.requests_at(source)
+    with stopped(source.server):
+        # Of two that compute meanwhile the one with less to do would be asked alone. They go on at
+        # once, for those who are to help out are to be reached.
+        with stopped(*(one.server for one in others)):
+            scene.ask("computing")
+            until(lambda: scene.requests_at(source) > before, 30)
         yield
 
 
