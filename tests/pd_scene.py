@@ -41,7 +41,7 @@ OPTIONS = ("--retries", "3", "--probe-s", "0.5", "--lease-s", str(LEASE_S),
            "--fail-threshold", "20")  # fmt: skip
 # How many requests, of how many tokens, with an answer of how many. Short prompts wait for no pull.
 PHASES = {
-    "pulled": (8, 1600, 8), "generating": (4, 40, 1000), "computing": (6, 1632, 8),
+    "pulled": (8, 1600, 8), "generating": (4, 40, 1700), "computing": (6, 1632, 8),
     "held": (4, 640, 1400),
 }  # fmt: skip
 
