@@ -133,6 +133,17 @@ def plans(engine):
         del engine.side.admitted
 
 
+@contextmanager
+def after_a_blend(engine):
+    """The engine, which has computed one prompt and blended another; and who is blended next."""
+    engine.forget()
+    engine.greedy([prompt(0, 1, 2)])
+    assert engine.greedy([PROMPTS[1]])[0].num_cached_tokens > 0
+    with plans(engine) as put_together:
+        yield engine, put_together
+    engine.assert_idle()
+
+
 def tokens_of(outputs):
     return [output.outputs[0].token_ids for output in outputs]
 

@@ -9,9 +9,9 @@ from tests.engine.kvshare_engine import (
     LOGPROBS,
     NEUTRAL,
     PROMPTS,
+    after_a_blend,
     assert_stock,
     logprob_error,
-    plans,
     prompt,
     served,
     stock_outputs,
@@ -31,13 +31,8 @@ def neutral(stock):
 
 @pytest.fixture
 def blended(neutral):
-    """The engine, which has computed one prompt and blended another; and who is blended next."""
-    neutral.forget()
-    neutral.greedy([prompt(0, 1, 2)])
-    assert neutral.greedy([PROMPTS[1]])[0].num_cached_tokens > 0
-    with plans(neutral) as put_together:
-        yield neutral, put_together
-    neutral.assert_idle()
+    with after_a_blend(neutral) as found:
+        yield found
 
 
 def counted():

@@ -29,7 +29,8 @@ def test_vllm_samples_with_each_requests_temperature_afterwards():
     from vllm.platforms import current_platform
 
     if current_platform.device_type != "cpu":
-        pytest.skip("only vLLM's CpuPlatform has kernel overrides to repair")
+        here = type(current_platform).__name__
+        pytest.skip(f"this is {here}, and only vLLM's CpuPlatform has kernel overrides to repair")
     from vllm.triton_utils import HAS_TRITON
 
     current_platform.register_triton_kernel_overrides()
