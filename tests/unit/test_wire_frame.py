@@ -3,7 +3,9 @@
 import json
 import math
 import random
+import socket
 import struct
+import threading
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -19,6 +21,7 @@ from vllm_plugins.wire.errors import (
     WireTimeoutError,
 )
 from vllm_plugins.wire.frame import (
+    ERROR,
     MAGIC,
     MOST_ERROR_CHARACTERS,
     PRELUDE,
@@ -30,6 +33,7 @@ from vllm_plugins.wire.frame import (
     printable,
     unpack_prelude,
 )
+from vllm_plugins.wire.refusals import send
 
 HEADER = b'{"layer":3,"blocks":[1,2]}'
 PAYLOAD = bytes(range(100))
@@ -207,6 +211,25 @@ def test_a_peer_that_takes_nothing_is_a_timeout():
         stream.send(1, {}, (), soon())
     stream.close()
     theirs.close()
+
+
+def test_a_peer_that_takes_nothing_and_closes_its_side_has_closed_the_connection():
+    stream, theirs = pair()
+    closing = threading.Timer(0.05, theirs.shutdown, [socket.SHUT_WR])
+    closing.start()
+    with theirs, pytest.raises(WireClosedError, match="the peer closed the connection"):
+        stream.send(7, {}, [bytes(1 << 24)], soon())
+    closing.join()
+    stream.close()
+
+
+def test_why_a_peer_closes_its_side_is_heard_while_it_takes_nothing():
+    stream, theirs = pair()
+    theirs.sendall(frame_bytes(ERROR, b'{"error":"the disk is full"}'))
+    theirs.shutdown(socket.SHUT_WR)
+    with theirs, pytest.raises(WireRefusedError, match="the disk is full"):
+        send(stream, 7, {}, [bytes(1 << 24)], soon())
+    stream.close()
 
 
 @pytest.mark.parametrize("sequence", [1, 2, (1 << 32) - 1])

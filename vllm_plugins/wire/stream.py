@@ -282,12 +282,17 @@ class FrameStream:
     def _wait(self, event: int, deadline: float) -> None:
         if self._socket.fileno() < 0:
             raise WireClosedError("this end has closed the connection")
+        sending = event == select.POLLOUT
         ready = select.poll()
-        ready.register(self._socket, event)
+        # A peer that closes while its window is full never says that it takes no more.
+        ready.register(self._socket, event | select.POLLRDHUP if sending else event)
         left = deadline - time.monotonic()
-        if left <= 0 or not ready.poll(left * 1000):
-            doing = "send" if event == select.POLLIN else "take"
+        found = ready.poll(left * 1000) if left > 0 else []
+        if not found:
+            doing = "take" if sending else "send"
             raise WireTimeoutError(f"the peer did not {doing} a whole frame in time")
+        if sending and found[0][1] & select.POLLRDHUP:
+            raise WireClosedError("the peer closed the connection")
 
 
 def _buffer(size: int, header: dict[str, Any], into: Destination | None) -> memoryview:
