@@ -1,9 +1,13 @@
 """``vllm-plugins bench --kernel``: small layers on this machine, and what it refuses."""
 
+import argparse
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from vllm_plugins.attention_backends.zipcache.page import BLOCK_SIZES
+from vllm_plugins.cli import bench_kernel
 from vllm_plugins.cli.main import main
 
 SHAPE = ("--heads", "4", "--kv-heads", "2", "--head-size", "64", "--repeats", "2", "--no-plot")
@@ -44,12 +48,20 @@ def test_times_stand_beside_stocks(tmp_path, capsys, plugin, phase, names):
         (("--kernel", "zipcache", "--phase", "prefill"), "a prompt in one chunk reads no page"),
         (("--kernel", "hip", "--phase", "prefill", "--batches", "2"), "at batch 1"),
         (("--kernel", "hip:dense_layers=[8]"), "layer 8 is dense"),
+        (("--kernel", "hip", "--heads", "9"), "unequal numbers of query heads"),
         ((), "name a plug-in and a --model"),
     ],
 )
 def test_what_cannot_be_timed_is_refused_in_a_line(tmp_path, capsys, words, reason):
-    words = ["bench", *words, "--contexts", "2048", *SHAPE, "--out", str(tmp_path)]
+    words = ["bench", *SHAPE, "--contexts", "2048", *words, "--out", str(tmp_path)]
     assert main(words) == 2
     error = capsys.readouterr().err
     assert reason in error and "Traceback" not in error
     assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_blocks_of_the_default_size_can_be_packed(device, monkeypatch):
+    monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(device_type=device))
+    words = argparse.Namespace(heads=4, kv_heads=2, head_size=64, block_size=None, dtype=None)
+    assert bench_kernel._shape(words).block_size in BLOCK_SIZES

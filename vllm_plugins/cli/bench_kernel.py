@@ -46,10 +46,15 @@ def add_arguments(group: Any, numbers: Any, positive: Any) -> None:
         metavar="N,N,...",
         help="sequences (default: 1)",
     )
-    add("--heads", type=positive(int), default=32, help="query heads (default: 32)")
+    add(
+        "--heads",
+        type=positive(int),
+        default=32,
+        help="query heads, a multiple of --kv-heads (default: 32)",
+    )
     add("--kv-heads", type=positive(int), default=8, help="default: 8")
     add("--head-size", type=positive(int), default=128, help="default: 128")
-    add("--block-size", type=positive(int), help="default: 128 on CPU, 16 elsewhere")
+    add("--block-size", type=positive(int), help="default: 128 on CPU, 64 elsewhere")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the platform's own")
 
 
@@ -84,17 +89,29 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _shape(args: argparse.Namespace) -> KernelShape:
+    """Return the layer that the arguments name.
+
+    Raises:
+        PluginError: There is no such layer.
+    """
     from vllm.platforms import current_platform
 
     from vllm_plugins.bench.kernels import KernelShape
 
+    if args.heads % args.kv_heads:
+        raise PluginError(
+            f"--heads {args.heads} --kv-heads {args.kv_heads}",
+            "KV heads would serve unequal numbers of query heads",
+            "use a multiple",
+        )
     device = current_platform.device_type
     cpu = device == "cpu"
     return KernelShape(
         args.heads,
         args.kv_heads,
         args.head_size,
-        args.block_size or (128 if cpu else 16),
+        # Packed pages have 32 tokens at least.
+        args.block_size or (128 if cpu else 64),
         args.dtype or ("float32" if cpu else "bfloat16"),
         device,
     )
