@@ -194,15 +194,7 @@ class HipPlugin(AttentionPlugin):
 
     def check(self, options: HipOptions, config: VllmConfig) -> None:
         """Refuse models and settings whose attention HiP cannot serve."""
-        layers = config.model_config.get_total_num_hidden_layers()
-        named = [*options.per_layer]
-        if options.dense_layers != HipOptions.model_fields["dense_layers"].default:
-            named += options.dense_layers
-        for layer in named:
-            if not -layers <= layer < layers:
-                raise PluginError(
-                    f"--plugin hip: layer {layer}", f"the model has {layers} layers", "drop it"
-                )
+        _check_layers(options, config.model_config.get_total_num_hidden_layers())
         for flag, reason, mend in _unsupported(options, config):
             raise PluginError(f"--plugin hip with {flag}", reason, mend)
 
@@ -211,6 +203,37 @@ class HipPlugin(AttentionPlugin):
         from vllm_plugins.attention_backends.hip.worker import HipListener
 
         return HipListener(options, config)
+
+
+def _check_layers(options: HipOptions, layers: int) -> None:
+    """Refuse numbers of layers that the model does not have, and options of layers without use.
+
+    Args:
+        options: The plug-in's.
+        layers: How many the model has.
+
+    Raises:
+        PluginError: There is such a layer.
+    """
+    named = [*options.per_layer]
+    if options.dense_layers != HipOptions.model_fields["dense_layers"].default:
+        named += options.dense_layers
+    for layer in named:
+        if not -layers <= layer < layers:
+            raise PluginError(
+                f"--plugin hip: layer {layer}", f"the model has {layers} layers", "drop it"
+            )
+    for layer in options.per_layer:
+        if options.plan(layer % layers, layers) is None:
+            raise PluginError(
+                f"--plugin hip: per_layer={layer}",
+                "the layer is in dense_layers, so it selects nothing",
+                "take it out of one of the two",
+            )
+        if layer < 0 and layer + layers in options.per_layer:
+            raise PluginError(
+                f"--plugin hip: per_layer={layer}", f"it is layer {layer + layers} too", "drop one"
+            )
 
 
 def _unsupported(options: HipOptions, config: VllmConfig) -> list[tuple[str, str, str]]:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from vllm_plugins.attention_backends.hip.plugin import _check_layers
 from vllm_plugins.errors import PluginError
 from vllm_plugins.registry import load, validate_options
 
@@ -70,3 +71,31 @@ def test_layers_have_plans_of_their_own():
 def test_default_dense_layers_may_exceed_a_small_model():
     assert options().plan(1, 2) is None
     assert options().plan(3, 4) is not None
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"per_layer": {"2": {"top_k": 64}}}, "per_layer=2: the layer is in dense_layers"),
+        (
+            {"dense_layers": [-1], "per_layer": {"5": {"top_k": 64}}},
+            "per_layer=5: the layer is in dense_layers",
+        ),
+        (
+            {"per_layer": {"4": {"top_k": 64}, "-2": {"top_k": 128}}},
+            "per_layer=-2: it is layer 4 too",
+        ),
+        ({"dense_layers": [0, 6]}, "layer 6: the model has 6 layers"),
+        ({"per_layer": {"-7": {"top_k": 64}}}, "layer -7: the model has 6 layers"),
+    ],
+)
+def test_layers_that_an_option_cannot_be_for_are_refused(values, reason):
+    with pytest.raises(PluginError) as error:
+        _check_layers(options(**values), 6)
+    assert reason in str(error.value)
+
+
+def test_options_of_sparse_layers_are_taken():
+    _check_layers(options(per_layer={"3": {"top_k": 64}, "-1": {"top_k": 128}}), 6)
+    # The default names layers that a small model lacks.
+    _check_layers(options(), 2)
