@@ -105,7 +105,8 @@ def attention(
 
     Args:
         query: Shape (tokens, heads, head size), float32, bfloat16 or float16.
-        out: Of the same shape; the rows of the blocks' tokens are written.
+        out: Of the same shape, its last two axes contiguous; the rows of the blocks' tokens are
+            written.
         paged: Keys and values, of the dtype of ``query``.
         blocks: The batch's query blocks, on CPU.
         plan: The layer's.
@@ -116,6 +117,9 @@ def attention(
     kernels = library()
     assert kernels is not None
     heads, head_size = query.shape[1:]
+    if query.stride()[1:] != (head_size, 1):
+        # Heads that a model has cut out of wider ones.
+        query = query.contiguous()
     call = _Call(
         query=query.data_ptr(),
         out=out.data_ptr(),

@@ -115,13 +115,17 @@ def attend(
         query: Shape (tokens, heads, head size).
         key: As `write` takes it.
         value: As ``key``.
-        out: Of the shape of ``query``; the rows of the batch's tokens are written.
+        out: Of the shape of ``query``, its last two axes contiguous; the rows of the batch's tokens
+            are written.
         batch: The batch.
         scale: Of the scores.
     """
     kernels = library()
     assert kernels is not None
     call = _batch(batch, key, value)
+    if query.stride()[1:] != (query.shape[2], 1):
+        # Heads that a model has cut out of wider ones.
+        query = query.contiguous()
     lse = torch.empty(query.shape[:2], dtype=torch.float32)
     call.query, call.query_stride = query.data_ptr(), query.stride(0)
     call.out, call.out_stride = out.data_ptr(), out.stride(0)

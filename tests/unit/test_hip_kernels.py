@@ -69,6 +69,17 @@ def test_any_number_of_heads_selects_as_by_the_letter(path, heads, kv_heads):
         assert listed(kept, row) == wanted
 
 
+def test_heads_that_are_cut_out_of_wider_ones(path):
+    problem = Problem([300])
+    query = problem.queries(1)
+    wanted, _ = run(path, problem, query, decodes([299], 0))
+    wide = torch.cat([query, torch.full_like(query, torch.nan)], dim=2)[..., : problem.size]
+    out = torch.empty_like(query)
+    kept, args = problem.kept(SMALL), (problem.paged, decodes([299], 0), SMALL)
+    path.attention(wide, out, *args, kept, problem.scale)
+    assert torch.equal(out, wanted)
+
+
 @pytest.mark.parametrize("centre", [True, False])
 @pytest.mark.parametrize("queries", [1, 3])
 def test_large_chunks_that_many_heads_look_at(path, queries, centre):

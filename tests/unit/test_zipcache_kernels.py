@@ -1,6 +1,7 @@
 """ZipCache's kernels, compiled and in torch, step by step against exact attention in float64."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,6 +67,18 @@ def test_within_one_block_attention_is_exact(kernels, length):
     request = steps.request("a", length, N)
     prefill(steps, request, [length])
     decode(steps, request, count=N - length)
+    assert error(steps, request) < TOLERANCE[torch.float32]
+
+
+def test_query_heads_that_are_cut_out_of_wider_ones(kernels):
+    def attend(memory, query, *rest):
+        wide = torch.cat([query, torch.full_like(query, torch.nan)], dim=2)
+        kernels.attend(memory, wide[..., : query.shape[2]], *rest)
+
+    steps = Steps(SimpleNamespace(write=kernels.write, attend=attend, seal=kernels.seal))
+    request = steps.request("a", N - 3, N)
+    prefill(steps, request, [N - 3])
+    decode(steps, request, count=3)
     assert error(steps, request) < TOLERANCE[torch.float32]
 
 
