@@ -139,12 +139,17 @@ class DevicePlanner:
         stock: FlashAttentionMetadata,
         host: Rows,
         is_counting: bool,
-    ) -> SparseRows:
+    ) -> SparseRows | None:
         """Describe a step of single tokens where a graph reads it, in whatever graph that is.
 
         A prompt's last token may be such a step; it is dense, whatever ``phases`` says.
         """
         n, has_tokens = batch.num_reqs, host.length > 0
+        if self._options.phases == "prefill":
+            # No row ever is sparse: graphs are stock's, without kernels that find nothing to do.
+            if is_counting:
+                self._meter.count(None, _whole(host, has_tokens), _nothing(host))
+            return None
         sparse = has_tokens & ~host.prefilling & self._is_sparse(host.position + host.length)
         mask = _to_device(sparse, self._device)
         blocks, lengths = self._blocks[:n], self._lengths[:n]

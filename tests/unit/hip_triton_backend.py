@@ -241,6 +241,20 @@ def test_the_second_runner_says_nothing_of_rows_that_pad_a_graphs_batch(plan, gr
     assert built.sparse.decodes[:, 1].tolist() == [1, 0, 0, 0]
 
 
+def test_graphs_are_stocks_where_decodes_are_never_sparse(plan, llm, graphs, monkeypatch):
+    builder, counted = builder_of(llm), []
+    monkeypatch.setattr(builder._planner._meter, "count", lambda *blocks: counted.append(blocks))
+    monkeypatch.setattr(builder, "is_counting", True)
+    batch = batch_of([(200, 1, False), (50, 1, True), (0, 0, False)])
+    built = plan(batch, phases="prefill", dense_threshold=0)
+    assert built.sparse is None and built.seq_lens.tolist() == [201, 51, 0]
+    [(decodes, dense, prompts)] = counted
+    assert decodes is None and dense.row.tolist() == [0, 1] and len(prompts) == 0
+    assert builder.build_for_cudagraph_capture(batch).sparse is None
+    built = plan(batch_of([(201, 1, False), (0, 128, True)]), dense_tail_queries=0)
+    assert built.sparse.decodes is None and len(built.sparse.prompts) == 2
+
+
 def test_graphs_are_captured_for_the_longest_sequence_and_not_counted(llm, graphs, monkeypatch):
     builder, counted = builder_of(llm), []
     monkeypatch.setattr(builder._planner._meter, "count", lambda *blocks: counted.append(blocks))
