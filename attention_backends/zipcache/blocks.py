@@ -302,6 +302,7 @@ class BlockLife:
     def _fill(self, request: _Request, index: int, block: int) -> None:
         """Let a prompt's block be staged, or sealed at once where there is no choice to make."""
         if not self.options.chooses:
+            self.sealed["prompt"] += 1
             self._move(block, SEALED)
             return
         raw = int(self.state[block]) <= RAW

@@ -59,6 +59,11 @@ def test_without_a_choice_prompts_are_sealed_as_they_are_written(salient, of_key
     assert states(steps, request) == ["sealed", "raw"]
     steps.step((request, N + 2))
     assert states(steps, request) == ["sealed", "sealed", "raw"]
+    # As where there is a choice, every block counts once.
+    for _ in range(N - 3):
+        steps.step((request, 1))
+    steps.step(finished=(request,))
+    assert steps.life.sealed == {"prompt": 2, "decode": 0, "ended": 1, "pressure": 0}
 
 
 @pytest.mark.parametrize("how", ["finished", "preempted"])
