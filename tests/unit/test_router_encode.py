@@ -153,6 +153,16 @@ async def test_clients_cannot_refer_to_others_images(part: dict[str, Any]) -> No
 
 
 @in_loop
+async def test_a_part_of_no_known_type_is_for_the_instances_to_judge() -> None:
+    async with rig(encode=1) as router:
+        part = {"type": ["image_url"]}
+        body = {**body_of([]), "messages": [{"role": "user", "content": [part]}]}
+        async with router.post(body, CHAT) as answer:
+            assert answer.status == 200
+        assert not router.encode[0].requests
+
+
+@in_loop
 async def test_the_text_before_an_image_is_prefilled_while_it_is_encoded() -> None:
     async with rig(prefill=2, encode=1) as router:
         router.encode[0].gate = gate = asyncio.Semaphore(0)

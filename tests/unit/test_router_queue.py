@@ -12,7 +12,7 @@ import pytest
 from tests.router_backends import MODEL, Fault, answer_tokens, text_of, tokenize
 from tests.router_rig import Rig, in_loop, rig
 from vllm_plugins.router import listen
-from vllm_plugins.routing import Role
+from vllm_plugins.routing import Role, State
 
 COMPLETIONS = "/v1/completions"
 TOKENS = 100
@@ -183,6 +183,36 @@ async def test_what_is_no_request_is_refused(raw: bytes) -> None:
             assert answer.status == 400
             assert "JSON" in (await answer.json())["error"]["message"]
         assert await router.metric("requests_total", outcome="invalid") == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stream": "false"},
+        {"stream": []},
+        {"stream_options": "include_usage"},
+        {"max_tokens": "3"},
+        {"max_completion_tokens": 2.5},
+        {"min_tokens": [1]},
+    ],
+)
+@in_loop
+async def test_what_an_instance_might_read_in_another_way_is_refused(
+    fields: dict[str, Any],
+) -> None:
+    async with rig(first_token="prefill", fail_threshold=1) as router:
+        async with router.post({**body_of(stream=True), **fields}) as answer:
+            assert answer.status == 400
+            assert next(iter(fields)) in (await answer.json())["error"]["message"]
+        assert all(one.state is State.UP for one in router.services.fleet)
+        assert await router.metric("requests_total", outcome="invalid") == 1
+
+
+@pytest.mark.parametrize("first_token", ["prefill", "decode"])
+@in_loop
+async def test_a_limit_with_a_point_is_that_limit(first_token: str) -> None:
+    async with rig(first_token=first_token) as router:
+        assert await router.text(body_of(stream=True, max_tokens=3.0)) == expected(0)
 
 
 @in_loop

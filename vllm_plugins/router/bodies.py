@@ -28,6 +28,8 @@ REMOTE_DECODE: Mapping[str, Any] = {
 }
 # The plug-in's own way to say that an instance which also prefills shall hand its embeddings out.
 PUBLISH: Mapping[str, Any] = {"vllm_plugins_epd": {"publish": True}}
+# What the router counts with.
+COUNTS = ("max_tokens", "max_completion_tokens", "min_tokens")
 # vLLM's own default for completions, which chat does not have; null means the same there.
 DEFAULT_COMPLETION_TOKENS = 16
 # Good enough to compare queues: English text in today's vocabularies.
@@ -76,7 +78,7 @@ def parse_body(raw: bytes) -> dict[str, Any]:
     """Return a request's body without the fields that only instances may set.
 
     Raises:
-        RefusedError: It is no JSON object.
+        RefusedError: It is no JSON object, or what the router itself goes by is of another type.
     """
     try:
         body = json.loads(raw)
@@ -86,7 +88,26 @@ def parse_body(raw: bytes) -> dict[str, Any]:
         raise RefusedError(400, "the body is not a JSON object", "invalid")
     for name in TRANSFER_FIELDS:
         body.pop(name, None)
+    _check_types(body)
     return body
+
+
+def _check_types(body: dict[str, Any]) -> None:
+    """Refuse what an instance might read in another way than the router, and write counts as such.
+
+    An instance that streams where the router expects a whole answer, or not where it expects a
+    stream, would be taken for sick.
+    """
+    if body.get("stream") not in (None, False, True):
+        raise RefusedError(400, "stream is neither true nor false", "invalid")
+    if not isinstance(body.get("stream_options"), dict | None):
+        raise RefusedError(400, "stream_options is not a JSON object", "invalid")
+    for name in COUNTS:
+        value = body.get(name)
+        if isinstance(value, float) and value.is_integer():
+            body[name] = int(value)
+        elif not isinstance(value, int | None):
+            raise RefusedError(400, f"{name} is not an integer", "invalid")
 
 
 def needs_others(body: Mapping[str, Any]) -> bool:

@@ -94,9 +94,10 @@ def media_of(call: Call) -> list[Medium]:
         for k, part in enumerate(content if isinstance(content, list) else ()):
             if not isinstance(part, dict):
                 continue
-            if str(part.get("type")).endswith("_embeds"):
+            kind = str(part.get("type"))
+            if kind.endswith("_embeds"):
                 raise RefusedError(400, "embeddings are not taken from clients", "invalid")
-            if part.get("type") in KINDS:
+            if kind in KINDS:
                 found.append(Medium(i, k, {**part, "uuid": _name(call.body, part)}))
     if len(found) > MAX_MEDIA:
         raise RefusedError(400, f"more than {MAX_MEDIA} images or other media", "invalid")
