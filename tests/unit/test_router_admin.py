@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import json
 import re
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,16 @@ from vllm_plugins.routing import Role
 
 BODY: dict[str, Any] = {"prompt": "some words to begin with", "max_tokens": 5, "temperature": 0}
 EXPECTED = text_of(answer_tokens(prompt_of("/v1/completions", BODY), 5))
+CHAT = "/v1/chat/completions"
+IMAGES = [
+    {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{name}"}}
+    for name in ("aaaa", "bbbb")
+]
+WITH_IMAGES: dict[str, Any] = {
+    "messages": [{"role": "user", "content": IMAGES}],
+    "max_tokens": 1,
+    "temperature": 0,
+}
 KEY = "an operator's key of many characters"
 METRICS = """\
 # HELP vllm:num_requests_running Number of requests.
@@ -95,6 +107,48 @@ async def test_instances_come_and_go_under_load() -> None:
             await fresh.stop()
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["after its answer", "during it"])
+@in_loop
+async def test_nothing_is_kept_of_an_instance_that_has_left(before: bool) -> None:
+    async with rig(prefill=2, encode=2) as router:
+        services, prefill, encode = router.services, router.prefill[0], router.encode[0]
+        prefill.peers = ["somewhere"]
+        if not before:
+            prefill.gate, encode.gate = asyncio.Semaphore(0), asyncio.Semaphore(0)
+        asking = asyncio.gather(router.text(BODY), router.text(WITH_IMAGES, CHAT))
+        await prefill.arrived.acquire()
+        await encode.arrived.acquire()
+        if before:
+            await asking
+            assert services.releaser.name("prefill-1") is not None
+            assert "encode-1" in services.doors
+        services.forget("prefill-1")
+        services.forget("encode-1")
+        for gate in (prefill.gate, encode.gate):
+            for _ in range(9 if gate else 0):
+                gate.release()
+        await asking
+        assert services.releaser.name("prefill-1") is None
+        assert "encode-1" not in services.doors
+
+
+@in_loop
+async def test_an_order_that_comes_in_two_parts_is_carried_out() -> None:
+    async with rig(decode=2) as router:
+        url = router.decode[1].url.replace("127.0.0.1", "localhost")
+        body = json.dumps({"url": url, "role": "decode"}).encode()
+
+        async def parts() -> AsyncIterator[bytes]:
+            yield body[:9]
+            await asyncio.sleep(0.05)
+            yield body[9:]
+
+        async with router.session.post(router.url + "/instances", data=parts()) as answer:
+            assert answer.status == 201, await answer.text()
+        async with router.session.post(router.url + "/instances", data=b" " * 2**21) as answer:
+            assert answer.status == 413
+
+
 @in_loop
 async def test_orders_that_cannot_be_carried_out() -> None:
     async with rig() as router:
@@ -120,7 +174,7 @@ async def test_orders_that_cannot_be_carried_out() -> None:
 @in_loop
 async def test_without_a_key_only_this_machine_and_no_web_page_may_order() -> None:
     async with rig() as router:
-        for headers in ({"Origin": "http://evil"}, {"Host": "evil.example"}):
+        for headers in ({"Origin": "http://evil"}, {"Host": "evil.example"}, {"Host": "["}):
             for method, path in (
                 ("GET", "/instances"),
                 ("POST", "/instances"),

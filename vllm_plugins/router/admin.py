@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from vllm_plugins.router.services import Services
 
 KEY_HEADER = "X-Router-Admin-Key"
-MAX_BODY_BYTES = 1 << 16
 
 
 class Admin:
@@ -53,7 +52,7 @@ class Admin:
         """Add the instance of a body ``{"url": ..., "role": ...}``, once it answers."""
         require_admin(self._services, request)
         try:
-            url, role = _wanted(await request.content.read(MAX_BODY_BYTES))
+            url, role = _wanted(await request.read())
             if role not in self._services.stages():
                 raise PluginError(
                     f"role {role}", "is not among those that the router was started with",
@@ -112,11 +111,18 @@ def require_admin(services: Services, request: web.Request) -> None:
         given = request.headers.get(KEY_HEADER, "").encode(errors="replace")
         allowed = hmac.compare_digest(given, services.admin_key)
     else:
-        host = urlsplit(f"//{request.host}").hostname or ""
-        allowed = "Origin" not in request.headers and is_loopback(host)
+        allowed = "Origin" not in request.headers and is_loopback(_host(request))
     if not allowed:
         text = error_body(403, f"the operator's key is needed, in the header {KEY_HEADER}").decode()
         raise web.HTTPForbidden(text=text, content_type="application/json")
+
+
+def _host(request: web.Request) -> str:
+    """Return the host by which the router was addressed; empty where that is none."""
+    try:
+        return urlsplit(f"//{request.host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _wanted(body: bytes) -> tuple[str, Role]:

@@ -18,7 +18,7 @@ from vllm_plugins.router.media import (
     referring_body,
 )
 from vllm_plugins.router.upstream import InstanceError, RejectedError
-from vllm_plugins.routing import Instance, Role, Ticket, Work
+from vllm_plugins.routing import Instance, Role, State, Ticket, Work
 
 if TYPE_CHECKING:
     from vllm_plugins.router.services import Services
@@ -185,5 +185,5 @@ class Encoding:
             tokens = own.get("num_tokens")
             if isinstance(tokens, int) and 0 < tokens < 1 << 24:
                 self._services.desk.medium_tokens.note(tokens)
-            if one.key == name:
+            if one.key == name and instance.state is not State.REMOVED:
                 self._services.doors[instance.id] = door_of(own)

@@ -281,7 +281,7 @@ class Exchange:
             # The prompt may be held, or soon be, although nobody hears of it any more.
             releaser.start(named)
             raise
-        releaser.learn(ticket.instance.id, answer.get("kv_transfer_params"))
+        releaser.learn(ticket.instance, answer.get("kv_transfer_params"))
         return answer
 
     async def _place_prefill(self, tried: set[str]) -> Ticket:

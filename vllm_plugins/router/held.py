@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_plugins.router.metrics import RouterMetrics
+from vllm_plugins.routing import Instance, State
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +72,19 @@ class Releaser:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def learn(self, instance_id: str, transfer: object) -> None:
-        """Take from an instance's reference where its workers are."""
+    def learn(self, instance: Instance, transfer: object) -> None:
+        """Take from an instance's reference where its workers are, unless it has left meanwhile."""
         reference = transfer.get(PD_REFERENCE) if isinstance(transfer, dict) else None
-        if isinstance(reference, dict) and "peers" in reference:
-            self._peers[instance_id] = {key: reference.get(key) for key in ("version", "peers")}
+        if (
+            isinstance(reference, dict)
+            and "peers" in reference
+            and instance.state is not State.REMOVED
+        ):
+            self._peers[instance.id] = {key: reference.get(key) for key in ("version", "peers")}
+
+    def forget(self, instance_id: str) -> None:
+        """Drop what is known of an instance that has left."""
+        self._peers.pop(instance_id, None)
 
     def name(self, instance_id: str) -> dict[str, Any] | None:
         """Return a reference to a prompt that an instance has yet to compute.

@@ -97,6 +97,7 @@ class Services:
         self.ledger.forget(instance)
         self.observed.pop(instance_id, None)
         self.doors.pop(instance_id, None)
+        self.releaser.forget(instance_id)
         return instance
 
     def capacity(self, kv_blocks: int = 0, block_size: int = 16) -> Capacity:
