@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+from aiohttp import web
 
 from tests.router_backends import MODEL, FakeInstance
 from vllm_plugins.router.front import build_runner
@@ -44,6 +45,7 @@ class Rig:
         url: Of the router.
         session: A client's connections.
         released: Transfers that the router has released, in order.
+        runner: The router's server.
     """
 
     prefill: list[FakeInstance]
@@ -52,7 +54,14 @@ class Rig:
     services: Services
     url: str
     session: aiohttp.ClientSession
+    runner: web.AppRunner
     released: list[str] = field(default_factory=list)
+
+    @property
+    def connections(self) -> int:
+        """How many clients are connected."""
+        assert self.runner.server is not None
+        return len(self.runner.server.connections)
 
     def post(self, body: Mapping[str, Any], path: str = "/v1/completions", **kwargs: Any) -> Any:
         """Send a request to the router."""
@@ -114,12 +123,13 @@ async def rig(
     services = build_services(chosen, SECRET, release)
     runner = build_runner(services)
     await runner.setup()
-    server = await listen(runner, "127.0.0.1", 0, chosen.max_connections)
+    limits = chosen.max_connections, chosen.stall_timeout_s
+    server = await listen(runner, "127.0.0.1", 0, *limits)
     host, port = server.sockets[0].getsockname()
     async with aiohttp.ClientSession() as session:
         try:
             yield Rig(**fakes, services=services, url=f"http://{host}:{port}", session=session,
-                      released=released)  # fmt: skip
+                      runner=runner, released=released)  # fmt: skip
         finally:
             server.close()
             await runner.cleanup()

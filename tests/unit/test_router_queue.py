@@ -265,6 +265,30 @@ async def test_a_long_request_is_not_taken_for_slow_headers(
 
 
 @in_loop
+async def test_a_client_that_takes_nothing_of_a_whole_answer_is_cut_off() -> None:
+    async with rig(stall_timeout_s=0.2) as router:
+        # More than the sockets between them take.
+        router.decode[0].first_text = "x" * (32 << 20)
+        answer = await router.post(body_of(max_tokens=1))
+        while router.connections:
+            await asyncio.sleep(0.01)
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await answer.read()
+
+
+@in_loop
+async def test_a_client_that_takes_a_whole_answer_slowly_gets_it() -> None:
+    async with rig(stall_timeout_s=0.3) as router:
+        router.decode[0].first_text = "x" * (32 << 20)
+        async with router.post(body_of(max_tokens=1)) as answer:
+            size = 0
+            while part := await answer.content.read(2 << 20):
+                size += len(part)
+                await asyncio.sleep(0.03)
+        assert size > 32 << 20
+
+
+@in_loop
 async def test_connections_have_a_limit() -> None:
     async with rig(max_connections=2) as router:
         host, port = router.url.removeprefix("http://").split(":")

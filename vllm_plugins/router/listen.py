@@ -16,9 +16,22 @@ MAX_HEADERS = 128
 
 
 class Connection(web.RequestHandler):
-    """A client's connection, which is cut when the headers of a request take too long."""
+    """A client's connection, which is cut when it keeps the router waiting for too long.
 
-    __slots__ = ("_busy", "_late")
+    That is when the headers of a request take too long, or when nothing is taken of an answer.
+
+    Args:
+        manager: Of the server.
+        stall_s: Seconds without movement after which an answer is cut off.
+        options: As of the base class.
+    """
+
+    __slots__ = ("_busy", "_late", "_stall_s", "_untaken")
+
+    def __init__(self, manager: web.Server, *, stall_s: float, **options: Any) -> None:
+        super().__init__(manager, **options)
+        self._stall_s = stall_s
+        self._untaken: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to wait for the first request."""
@@ -36,7 +49,18 @@ class Connection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """Wait for nothing any more."""
         self._arrived()
+        self._taken()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Begin to wait for the client to take what it is sent."""
+        super().pause_writing()
+        self._expect_taken()
+
+    def resume_writing(self) -> None:
+        """Wait for that no longer."""
+        super().resume_writing()
+        self._taken()
 
     def begin(self) -> None:
         """Note that a request's headers have arrived."""
@@ -55,6 +79,24 @@ class Connection(web.RequestHandler):
         if self._late is not None:
             self._late.cancel()
             self._late = None
+
+    def _expect_taken(self) -> None:
+        assert self.transport is not None
+        unsent = self.transport.get_write_buffer_size()
+        loop = asyncio.get_running_loop()
+        self._untaken = loop.call_later(self._stall_s, self._check_taken, unsent)
+
+    def _check_taken(self, unsent: int) -> None:
+        assert self.transport is not None
+        if self.transport.get_write_buffer_size() < unsent:
+            self._expect_taken()
+        else:
+            self.transport.abort()
+
+    def _taken(self) -> None:
+        if self._untaken is not None:
+            self._untaken.cancel()
+            self._untaken = None
 
 
 class _Refused(asyncio.Protocol):
@@ -79,7 +121,7 @@ async def headers_in_time(
 
 
 async def listen(
-    runner: web.AppRunner, host: str, port: int, max_connections: int
+    runner: web.AppRunner, host: str, port: int, max_connections: int, stall_timeout_s: float
 ) -> asyncio.Server:
     """Open the port.
 
@@ -88,6 +130,7 @@ async def listen(
         host: To bind.
         port: To bind; 0 takes any.
         max_connections: Further ones are closed at once.
+        stall_timeout_s: Longest time that a client may take nothing of an answer, in seconds.
 
     Raises:
         OSError: The port cannot be had.
@@ -95,6 +138,7 @@ async def listen(
     manager, loop = runner.server, asyncio.get_running_loop()
     assert manager is not None
     options: dict[str, Any] = {
+        "stall_s": stall_timeout_s,
         "access_log": None,
         "keepalive_timeout": KEEP_ALIVE_S,
         "max_line_size": MAX_HEADER_BYTES,

@@ -40,7 +40,13 @@ async def _run(settings: RouterSettings, secret: bytes | None) -> None:
             return
         await runner.setup()
         try:
-            server = await listen(runner, settings.host, settings.port, settings.max_connections)
+            server = await listen(
+                runner,
+                settings.host,
+                settings.port,
+                settings.max_connections,
+                settings.stall_timeout_s,
+            )
         except OSError as error:
             where = f"--host {settings.host} --port {settings.port}"
             raise PluginError(where, str(error.strerror), "choose another port") from None
