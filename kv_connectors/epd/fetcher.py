@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -191,9 +192,8 @@ class Fetcher:
                 "rows": count,
                 "wait": source.shape is None,
             }
-            left = max(deadline - time.monotonic(), 0.001)
             into = _destination(piece, entry.shape)
-            answer = peers.request(source.address, protocol.FETCH, header, left, into)
+            answer = peers.request(source.address, protocol.FETCH, header, _left(deadline), into)
             if answer.kind != protocol.ROWS:
                 raise _missing(answer.header, source)
             if len(answer.payload) != len(piece):
@@ -228,34 +228,40 @@ class _Peers:
         timeout_s: float,
         into: Callable[[int, dict[str, Any]], memoryview] | None = None,
     ) -> Frame:
-        """Ask a peer, over a connection that is open or a new one."""
+        """Ask a peer, over a connection that is open or a new one, all of it in so many seconds."""
+        deadline = time.monotonic() + timeout_s
         self.close(IDLE_S)
         _, connection = self._open.pop(address, (0.0, None))
         if len(self._open) >= MOST_PEERS:
             self._open.pop(next(iter(self._open)))[1].close()
         if connection is not None:
-            connection.timeout_s = timeout_s
-            try:
-                frame = connection.request(kind, header, into=into)
-            except WireClosedError:
-                # The peer closes what is idle, which is no failure.
-                connection.close()
-            except BaseException:
-                connection.close()
-                raise
-            else:
-                self._open[address] = time.monotonic(), connection
-                return frame
+            # The peer closes what is idle, which is no failure.
+            with suppress(WireClosedError):
+                return self._ask(address, connection, deadline, kind, header, into)
         connection = connect(
             address,
             self._secret,
             limits=self._limits,
-            connect_timeout_s=min(timeout_s, CONNECT_TIMEOUT_S),
-            timeout_s=timeout_s,
+            connect_timeout_s=min(_left(deadline), CONNECT_TIMEOUT_S),
             role="epd prefill",
         )
+        return self._ask(address, connection, deadline, kind, header, into)
+
+    def _ask(
+        self,
+        address: Address,
+        connection: Connection,
+        deadline: float,
+        kind: int,
+        header: dict[str, Any],
+        into: Callable[[int, dict[str, Any]], memoryview] | None,
+    ) -> Frame:
+        """Ask over a connection, which is kept if that goes well."""
         try:
-            frame = connection.request(kind, header, into=into)
+            connection.timeout_s = _left(deadline)
+            connection.send(kind, header)
+            connection.timeout_s = _left(deadline)
+            frame = connection.receive(into)
         except BaseException:
             connection.close()
             raise
@@ -269,6 +275,11 @@ class _Peers:
             if now - since >= least_s:
                 connection.close()
                 del self._open[address]
+
+
+def _left(deadline: float) -> float:
+    """Return the seconds up to a deadline, or a moment where it is over."""
+    return max(deadline - time.monotonic(), 0.001)
 
 
 def _destination(piece: memoryview, shape: Shape) -> Callable[[int, dict[str, Any]], memoryview]:

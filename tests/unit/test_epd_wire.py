@@ -14,7 +14,7 @@ from vllm_plugins.kv_connectors.epd.media import Shape, Source
 from vllm_plugins.kv_connectors.epd.publisher import Publisher
 from vllm_plugins.wire.address import Address
 from vllm_plugins.wire.connection import connect
-from vllm_plugins.wire.errors import WireClosedError, WireRefusedError
+from vllm_plugins.wire.errors import WireClosedError, WireRefusedError, WireTimeoutError
 from vllm_plugins.wire.server import Server
 
 SECRET = b"s" * 32
@@ -253,6 +253,29 @@ def test_a_server_that_closes_idle_connections_is_asked_anew(ends):
     entry = ends.prefill.find("m") or ends.prefill.share("m", "me")
     ends.prefill.discard(entry)
     assert ends.fetch("m", tcp)[1] == ""
+
+
+def test_asking_anew_takes_no_longer_than_asking_may():
+    """A server that lets a request wait and then goes has used up its time."""
+    closing = threading.Event()
+
+    def serve(connection):
+        while True:
+            connection.receive()
+            if closing.is_set():
+                time.sleep(0.4)
+                return
+            connection.send(protocol.DONE, {})
+
+    with Server(serve, SECRET) as server:
+        peers = fetcher._Peers(SECRET, protocol.SERVER_LIMITS)
+        assert peers.request(server.address, protocol.RENEW, {}, 5.0).kind == protocol.DONE
+        closing.set()
+        began = time.monotonic()
+        with pytest.raises(WireTimeoutError):
+            peers.request(server.address, protocol.RENEW, {}, 0.5)
+        assert time.monotonic() - began < 0.7
+        assert not peers.any_open
 
 
 def test_connections_that_nobody_uses_are_closed(ends, monkeypatch):
