@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 # Below the 5 s after which vLLM's server closes an idle connection, so that no request is sent on
 # one that is being closed.
 KEEP_ALIVE_S = 3.0
+# A host that has gone, or a network between, is as silent as an instance that computes. After so
+# long a silence it is asked for a sign of life, again and again, and after so long it has gone.
+QUIET_S, GONE_S = 15, 30
+_ASKED_EVERY_S = 5
 # Status by which an instance says that another one may do better.
 BUSY = frozenset({408, 425, 429})
 # An answer that is taken in whole: far above any of vLLM's, logprobs of long prompts included.
@@ -98,15 +103,17 @@ class Upstream:
     """The connections to all instances.
 
     Args:
-        connect_timeout_s: Longest time to connect, in seconds.
+        connect_timeout_s: Longest time to look an address up and connect, in seconds.
     """
 
     def __init__(self, connect_timeout_s: float) -> None:
         import aiohttp
 
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s),
+            connector=aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=KEEP_ALIVE_S, socket_factory=_watched_socket
+            ),
+            timeout=aiohttp.ClientTimeout(total=None, connect=connect_timeout_s),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
             max_line_size=MAX_HEADER_BYTES,
@@ -218,6 +225,25 @@ class Upstream:
             raise InstanceError(instance, f"answers {answer.status}", sick, fetches)
         body = await self.read(instance, answer)
         raise RejectedError(answer.status, answer_headers(answer.headers), body)
+
+
+def _watched_socket(where: tuple[Any, ...]) -> socket.socket:
+    """Return a socket that ends with an error when the other host is there no longer.
+
+    Args:
+        where: Family, type and protocol first, as `socket.getaddrinfo` returns them.
+    """
+    sock = socket.socket(*where[:3])
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_KEEPIDLE, QUIET_S),
+        (socket.TCP_KEEPINTVL, _ASKED_EVERY_S),
+        (socket.TCP_KEEPCNT, (GONE_S - QUIET_S) // _ASKED_EVERY_S),
+        # Nothing is asked while something sent is on its way; this holds for that too.
+        (socket.TCP_USER_TIMEOUT, 1000 * GONE_S),
+    ):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    return sock
 
 
 def _json_object(instance: Instance, body: bytes) -> dict[str, Any]:
