@@ -57,6 +57,11 @@ def test_a_port_that_is_taken_is_refused_in_a_line():
             echo_server(port=port)
 
 
+def test_what_is_no_host_is_refused_in_a_line():
+    with pytest.raises(PluginError, match=r"cannot listen there: .*label"):
+        Server(echo, SECRET, host="a" * 70)
+
+
 def test_a_name_that_peers_would_refuse_is_refused_at_once():
     before = held()
     with pytest.raises(ValueError, match="cannot be a role"):

@@ -239,10 +239,11 @@ def _listen_tcp(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.create_server(where[:2], family=family, backlog=128)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else ""
         raise PluginError(
             f"server on {host}:{port}",
-            f"cannot listen there: {error.strerror or error}",
+            f"cannot listen there: {reason or error}",
             "choose an address of this host and a free port",
         ) from None
     listener.setblocking(False)
