@@ -133,6 +133,9 @@ class DecodeWorker:
         start, reason = time.monotonic(), ""
         unread: tuple[Peer, ...] = ()
         try:
+            if cancelled.is_set():
+                # While it waited for its turn, as behind peers that do not answer.
+                raise CancelledError
             plan = self._plan(load.reference.peers)
             unread = plan.unread
             for part in plan.parts:

@@ -27,6 +27,7 @@ from tests.pd_problem import (
 from tests.unit.wire_ends import wait_until
 from tests.wire_faults import DOWN, NO_FAULT, UP, Fault, FaultyProxy
 from vllm_plugins.kv_connectors.pd import peers
+from vllm_plugins.kv_connectors.pd.decode_worker import PARALLEL_PULLS
 from vllm_plugins.kv_connectors.pd.geometry import Heads
 from vllm_plugins.kv_connectors.pd.orders import Chunk, Orders
 from vllm_plugins.kv_connectors.pd.protocol import Span
@@ -182,6 +183,19 @@ def test_a_fault_of_the_reader_itself_fails_the_request(ends, monkeypatch, fault
         assert fails(reader, [writer.peer(unix=True)]) == "error"
     frees(writer, PROMPT.name)
     goes_on(reader, writer, unix=True)
+
+
+def test_who_is_given_up_while_waiting_for_a_peer_that_is_silent_costs_no_time(ends):
+    writer, reader = honest_writer(ends), new_reader(ends)
+    prompts = [replace(PROMPT, name=f"waits{i}") for i in range(5 * PARALLEL_PULLS)]
+    with FaultyProxy(writer.server.address, Fault("stall", 0, DOWN)) as proxy:
+        reader.pull(*prompts, peers=[writer.peer(address=proxy.address)])
+        reader.worker.take_finished({prompt.name for prompt in prompts})
+        # As long as one of them takes, not as five.
+        reader.wait(len(prompts), seconds=1.5)
+    reasons = reader.reasons()
+    assert set(reasons) == {"cancelled", "timeout"}
+    assert reasons["timeout"] <= PARALLEL_PULLS
 
 
 def test_failures_are_counted_by_reason_and_each_request_comes_back_once(ends):
