@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -206,8 +207,11 @@ class LeaseKeeper:
         with self._lock:
             self._watched[request_id] = reference
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="pd-leases", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="pd-leases", daemon=True)
+                # Where no thread can be started, the next lease tries again.
+                with suppress(RuntimeError):
+                    thread.start()
+                    self._thread = thread
 
     def unwatch(self, request_id: str) -> None:
         """Keep a lease no more."""

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,8 @@ class DecodeWorker:
         self._readers: tuple[Shard, ...] = (pages.shard,)
         self._plans: dict[tuple[Peer, ...], _Plan] = {}
         self._pool = ThreadPoolExecutor(PARALLEL_PULLS, thread_name_prefix="pd-pull")
+        # It starts its threads as they are needed; the first one must be there whatever comes.
+        self._pool.submit(int)
         # Guards what follows.
         self._lock = threading.Lock()
         self._cancel: dict[str, threading.Event] = {}
@@ -87,7 +90,9 @@ class DecodeWorker:
         cancelled = threading.Event()
         with self._lock:
             self._cancel[load.request_id] = cancelled
-        self._pool.submit(self._run, load, cancelled)
+        # Where no further thread can be started, one of those that there are comes to it.
+        with suppress(RuntimeError):
+            self._pool.submit(self._run, load, cancelled)
 
     @property
     def is_busy(self) -> bool:

@@ -48,7 +48,8 @@ class PeerConnections:
         self._lock = threading.Lock()
         # Each peer is told by one thread at a time, and never holds up another's word.
         self._renewing: set[Peer] = set()
-        self._releases: dict[Peer, list[str]] = {}
+        self._releasing: set[Peer] = set()
+        self._releases: dict[Peer, list[str]] = defaultdict(list)
         self._words = ThreadPoolExecutor(PARALLEL_WORDS, thread_name_prefix="pd-words")
 
     @contextmanager
@@ -96,9 +97,9 @@ class PeerConnections:
         """
         for peer, names in _by_peer(references).items():
             with self._lock:
-                if not self._closed and peer not in self._renewing:
+                free = not self._closed and peer not in self._renewing
+                if free and self._start(self._renew, peer, names, lost):
                     self._renewing.add(peer)
-                    self._words.submit(self._renew, peer, names, lost)
 
     def release(self, references: Iterable[Reference]) -> None:
         """End leases.
@@ -119,11 +120,9 @@ class PeerConnections:
         """End a lease in the background, if its workers can be reached."""
         with self._lock:
             for peer in () if self._closed else reference.peers:
-                if peer in self._releases:
-                    self._releases[peer].append(reference.transfer_id)
-                else:
-                    self._releases[peer] = [reference.transfer_id]
-                    self._words.submit(self._release_all, peer)
+                self._releases[peer].append(reference.transfer_id)
+                if peer not in self._releasing:
+                    self._start(self._release_all, peer)
 
     def close(self) -> None:
         """Close the idle connections; what is being told in the background still is."""
@@ -133,6 +132,17 @@ class PeerConnections:
             if self._sweeper is not None:
                 self._sweeper.cancel()
         self._words.shutdown(wait=False)
+
+    def _start(self, tell: Callable[..., None], *arguments: object) -> bool:
+        """Have something told in the background; return whether there is a thread for it.
+
+        Where none can be started it may be told nevertheless, by one that has other words to tell.
+        """
+        try:
+            self._words.submit(tell, *arguments)
+        except RuntimeError:
+            return False
+        return True
 
     def _take_idle(self, peer: Peer) -> Connection | None:
         with self._lock:
@@ -189,11 +199,15 @@ class PeerConnections:
 
     def _release_all(self, peer: Peer) -> None:
         """Tell a peer of all leases that end, also of those that come to it meanwhile."""
+        with self._lock:
+            if peer in self._releasing:
+                return
+            self._releasing.add(peer)
         while True:
             with self._lock:
-                names, self._releases[peer] = self._releases[peer], []
-                if not names:
-                    del self._releases[peer]
+                names = self._releases.pop(peer, None)
+                if names is None:
+                    self._releasing.discard(peer)
                     return
             try:
                 self._tell(peer, Kind.RELEASE, names)
