@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.vllm_plugins.epd")
 
-# An encode server that stalls keeps one thread per item until the item's time is up.
-NUM_THREADS = 8
+# An encode server that stalls keeps one thread per item until the item's time is up, and must leave
+# some to others.
+NUM_THREADS, MOST_PER_SERVER = 16, 8
 CONNECT_TIMEOUT_S = 5.0
 # A frame that nobody waits for, such as the end of a lease, may not hold a thread for long.
 NOTICE_TIMEOUT_S = 5.0
@@ -53,6 +55,10 @@ _NOT_YET = "not yet"
 
 Done = Callable[[str, str], None]
 """Told why an item is missing, by a label of the metric, or else its digest in hexadecimal."""
+
+
+_Job = Callable[["_Peers"], None]
+"""What a thread does, over the connections that it has open."""
 
 
 class MissingError(Exception):
@@ -82,7 +88,11 @@ class Fetcher:
     def __init__(self, memory: SharedMemory, secret: bytes) -> None:
         self._memory = memory
         self._secret = secret
-        self._jobs: queue.SimpleQueue[Callable[[_Peers], None] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Address, _Job] | None] = queue.SimpleQueue()
+        # Guards what follows: threads at work for each server, and jobs that wait for one of them.
+        self._lock = threading.Lock()
+        self._busy: Counter[Address] = Counter()
+        self._waiting: dict[Address, deque[_Job]] = {}
         self._limits = protocol.client_limits(memory.location.nbytes)
         self._threads = [
             threading.Thread(target=self._work, name=f"epd-fetch-{i}", daemon=True)
@@ -105,50 +115,78 @@ class Fetcher:
             missing = self._outcome(peers, entry, source, deadline)
             if missing == _NOT_YET:
                 # Behind whatever else is to be fetched.
-                self._jobs.put(job)
+                self._jobs.put((source.address, job))
             else:
                 done(missing, "" if missing else self._memory.stamped(entry.blocks[0])[1])
 
-        self._jobs.put(job)
+        self._jobs.put((source.address, job))
 
     def release(self, source: Source, media: str) -> None:
         """End the lease on an item that is here or no longer wanted, if one is known."""
         if not source.lease:
             return
         header = {"generation": source.generation, "lease": source.lease, "media": media}
-        self._jobs.put(lambda peers: _notify(peers, source, protocol.RELEASE, header))
+        self._notify(source, protocol.RELEASE, header)
 
     def renew(self, source: Source) -> None:
         """Renew a lease on items that have no room here yet, if one is known."""
         if not source.lease:
             return
         header = {"generation": source.generation, "lease": source.lease}
-        self._jobs.put(lambda peers: _notify(peers, source, protocol.RENEW, header))
+        self._notify(source, protocol.RENEW, header)
 
     def close(self) -> None:
-        """End the threads once what is queued is done; one that a peer keeps is left alone."""
+        """End the threads once what is queued is done; what a peer keeps is left alone."""
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
+    def _notify(self, source: Source, kind: int, header: dict[str, Any]) -> None:
+        self._jobs.put((source.address, lambda peers: _notify(peers, source, kind, header)))
+
     def _work(self) -> None:
         peers = _Peers(self._secret, self._limits)
-        while (job := self._next(peers)) is not None:
+        while (next_one := self._next(peers)) is not None:
+            address, job = next_one
+            if not self._may_begin(address, job):
+                continue
             try:
                 job(peers)
             except Exception:
                 # The thread serves other requests too.
                 logger.exception("vllm-plugins: epd: what follows a fetch failed")
+            self._ended(address)
         peers.close()
 
-    def _next(self, peers: _Peers) -> Callable[[_Peers], None] | None:
+    def _next(self, peers: _Peers) -> tuple[Address, _Job] | None:
         while True:
             try:
                 return self._jobs.get(timeout=IDLE_S if peers.any_open else None)
             except queue.Empty:
                 peers.close(IDLE_S)
+
+    def _may_begin(self, address: Address, job: _Job) -> bool:
+        """Whether a server may have one more thread; its job waits for another one otherwise."""
+        with self._lock:
+            if self._busy[address] < MOST_PER_SERVER:
+                self._busy[address] += 1
+                return True
+            self._waiting.setdefault(address, deque()).append(job)
+            return False
+
+    def _ended(self, address: Address) -> None:
+        """Take a thread back, and let the next job of the server have one."""
+        with self._lock:
+            self._busy[address] -= 1
+            if not self._busy[address]:
+                del self._busy[address]
+            waiting = self._waiting.get(address)
+            if waiting:
+                self._jobs.put((address, waiting.popleft()))
+            else:
+                self._waiting.pop(address, None)
 
     def _outcome(self, peers: _Peers, entry: Entry, source: Source, deadline: float) -> str:
         try:

@@ -214,6 +214,18 @@ def test_a_server_that_stalls_costs_its_item_and_nobody_else(ends):
     assert ends.fetch("m", source)[1] == ""
 
 
+def test_a_server_that_stalls_leaves_threads_to_others(ends):
+    source, waits = ends.publish("m", 1), []
+    with FaultyProxy(source.address, Fault("stall", at=0, direction=DOWN)) as proxy:
+        for number in range(11):
+            stalled = through(ends.publish(f"x{number}", 1), proxy)
+            waits.append(ends.begin(f"x{number}", stalled, source.shape, 1.0))
+            for _ in range(2):
+                ends.fetcher.release(stalled, f"x{number}")
+        assert ends.fetch("m", source, timeout_s=0.7)[1] == ""
+        assert {wait()[1] for wait in waits} == {"timeout"}
+
+
 def test_what_goes_wrong_behind_a_fetch_costs_no_thread(ends):
     def fails(missing, digest):
         raise RuntimeError("a scripted fault")
