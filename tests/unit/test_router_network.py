@@ -1,4 +1,4 @@
-"""The router's connections to instances: names that are not found, hosts that go without a word."""
+"""The router's connections to instances: names not found, hosts that go, headers of one hop."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from aiohttp.abc import AbstractResolver
+from multidict import CIMultiDict
 
 from tests.router_backends import MODEL, answer_tokens, text_of
 from tests.router_rig import Rig, in_loop, rig
-from vllm_plugins.router.upstream import GONE_S
+from vllm_plugins.router.upstream import GONE_S, request_headers
 
 PROMPT = [5] * 10
 BODY: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 3, "temperature": 0}
@@ -61,3 +62,9 @@ async def test_a_host_that_goes_without_a_word_is_noticed_while_an_answer_is_wai
         assert seconds(socket.TCP_USER_TIMEOUT) == 1000 * GONE_S
         router.prefill[0].gate.release()
         await asking
+
+
+def test_headers_of_the_connection_are_known_however_they_are_listed() -> None:
+    headers = CIMultiDict([("Connection", "close"), ("X-A", "1"), ("X-B", "2"), ("X-C", "3")])
+    headers.add("connection", "x-a , X-B")
+    assert {"X-A", "X-B", "X-C"} & set(request_headers(headers, "id")) == {"X-C"}

@@ -79,7 +79,9 @@ class RejectedError(Exception):
 
 def request_headers(headers: Mapping[str, str], request_id: str) -> dict[str, str]:
     """Return a client's headers as an instance gets them: with its API key, for this hop."""
-    named = headers.get("Connection", "").lower().replace(" ", "").split(",")
+    # The header may come several times, of which a look-up finds one.
+    lists = [value for name, value in headers.items() if name.lower() == "connection"]
+    named = ",".join(lists).lower().replace(" ", "").split(",")
     kept = {
         name: value
         for name, value in headers.items()
