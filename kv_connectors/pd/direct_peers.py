@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -138,8 +139,11 @@ class DirectPeers:
                 if other != peer and other.address == peer.address:
                     self._drop(other)
             if self._watcher is None:
-                self._watcher = threading.Thread(target=self._watch, name="pd-direct", daemon=True)
-                self._watcher.start()
+                watcher = threading.Thread(target=self._watch, name="pd-direct", daemon=True)
+                # Where no thread can be started, the next mapping tries again.
+                with suppress(RuntimeError):
+                    watcher.start()
+                    self._watcher = watcher
 
     def _watch(self) -> None:
         while not self._stop.wait(WATCH_S):

@@ -3,6 +3,7 @@
 import gc
 import logging
 import multiprocessing
+import threading
 from dataclasses import replace
 
 import pytest
@@ -196,6 +197,25 @@ def test_mappings_go_when_the_worker_is_closed(ends):
     peer = writer.peer(unix=True)
     assert reader.peers.caches_of(peer, writer.pages.shard) is not None
     assert mappings(reader)[peer].connection is None
+
+
+def test_mappings_are_watched_though_the_thread_for_it_could_not_be_started_at_once(
+    ends, monkeypatch
+):
+    first, second, reader = writer_of(ends), writer_of(ends), reader_of(ends)
+    begin = threading.Thread.start
+
+    def start(thread):
+        if thread.name == "pd-direct":
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        assert reader.peers.caches_of(first.peer(unix=True), first.pages.shard) is not None
+    assert reader.peers.caches_of(second.peer(unix=True), second.pages.shard) is not None
+    first.close()
+    wait_until(lambda: list(mappings(reader)) == [second.peer(unix=True)])
 
 
 def test_a_peer_that_cannot_be_asked_is_asked_again(ends):
