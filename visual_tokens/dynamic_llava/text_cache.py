@@ -50,6 +50,7 @@ class TextView(HoleView):
         forgotten: Answer tokens that a request has forgotten, by its first block in each table that
             these layers have of it; int32, shape (blocks,).
         latest: Position of the answer token that it forgot last, likewise; int64, shape (blocks,).
+        reach: Position behind its last hole, likewise; int32, shape (blocks,).
         prompts: Reads the length of each prompt of a step's batch.
         batch: The step's requests, as the leader's builder left them.
     """
@@ -57,6 +58,7 @@ class TextView(HoleView):
     leader: str = ""
     forgotten: torch.Tensor | None = None
     latest: torch.Tensor | None = None
+    reach: torch.Tensor | None = None
     prompts: Callable[[CommonAttentionMetadata], np.ndarray] | None = None
     batch: Batch | None = None
 
@@ -66,6 +68,7 @@ class TextView(HoleView):
         self.prompts = runner.prompt_lengths
         [(_, flags)] = self.flags.items()
         self.forgotten = torch.zeros(len(flags), dtype=torch.int32, device=flags.device)
+        self.reach = torch.zeros_like(self.forgotten)
         self.latest = torch.full((len(flags),), -1, dtype=torch.int64, device=flags.device)
 
 
@@ -150,8 +153,8 @@ class TextBuilder(HoleBuilder):
         ahead that token's row may have been computed, and forgotten, by then.
         """
         requests, view = common.num_reqs, self.hole_view
-        forgotten, latest = view.forgotten, view.latest
-        assert forgotten is not None and latest is not None
+        forgotten, latest, reach = view.forgotten, view.latest, view.reach
+        assert forgotten is not None and latest is not None and reach is not None
         if self.text_rows is None:
             scheduler = self.vllm_config.scheduler_config  # type: ignore[attr-defined]
             rows = max(len(common.slot_mapping), scheduler.max_num_batched_tokens)
@@ -161,15 +164,31 @@ class TextBuilder(HoleBuilder):
         taken_back = latest[firsts] >= begins
         forgotten[firsts] = (forgotten[firsts] - taken_back.int()).masked_fill_(begins == 0, 0)
         latest[firsts] = latest[firsts].masked_fill_(taken_back, -1)
+        reach[firsts] = reach[firsts].masked_fill_(begins == 0, 0)
+
+    def hole_hide(self, plan: StepPlan) -> tuple[Any, torch.Tensor]:
+        """Make holes in the middle of a step, and remember how far they reach."""
+        reach, own = self.hole_view.reach, self.text_rows
+        assert reach is not None and own is not None
+        # Each request's columns ascend, so that what is left of each is its last.
+        ends = dict(zip(plan.hidden[0].tolist(), plan.hidden[1].tolist(), strict=True))
+        last = np.array([*ends.items()], np.int64).reshape(-1, 2)
+        requests, columns = torch.from_numpy(last).to(self.device, non_blocking=True).T
+        reach[own.firsts[requests]] = ((columns + 1) * plan.block_size).int()
+        return super().hole_hide(plan)
 
     def hole_compact(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """Return a step's metadata with the tables, lengths and slots that these layers see."""
-        own, forgotten = self.text_rows, self.hole_view.forgotten
-        assert own is not None and forgotten is not None
-        held = copy(common)
+        own, forgotten, reach = self.text_rows, self.hole_view.forgotten, self.hole_view.reach
+        assert own is not None and forgotten is not None and reach is not None
+        held, firsts = copy(common), own.firsts[: common.num_reqs]
         # Behind what is held a table may have nothing, or what another request has left there.
-        held.seq_lens = common.seq_lens - forgotten[own.firsts[: common.num_reqs]]
+        lengths = common.seq_lens - forgotten[firsts]
+        # Unless a hole is there, behind answers of which more is forgotten than follows the hole.
+        beyond = (reach[firsts] - lengths).clamp_min_(0)
+        held.seq_lens = lengths + beyond
         seen = super().hole_compact(held)
+        seen.seq_lens.sub_(beyond)
         slots = own.slots[: len(common.slot_mapping)]
         mine = self._text_slots(seen, own.rows[: len(slots)])
         # Padding has no slot.
