@@ -18,6 +18,7 @@ from vllm_plugins.registry import load
 
 VIEW = "engine/block_holes/view.py"
 FREEING = "engine/block_holes/freeing.py"
+MEDIA = "engine/whole_media.py"
 MODEL = "visual_tokens/dynamic_llava/model.py"
 SCORERS = "visual_tokens/dynamic_llava/scorers.py"
 _BACKEND = "vllm.v1.attention.backend"
@@ -76,6 +77,10 @@ FREED = (
             "A request that is preempted or gone is forgotten with its blocks.", FREEING),
     has("vllm.v1.request:Request", "resumable",
         "A session, to which more is added under its name.", FREEING),
+    has("vllm.v1.core.sched.scheduler:Scheduler", "kv_holding_waiting",
+        "Sessions, whose next media item has to fit into a step whole.", MEDIA),
+    has("vllm.v1.request:Request", "mm_features",
+        "Where media are that have to fit into a step whole.", MEDIA),
     is_class("vllm.v1.core.kv_cache_utils:KVCacheBlock", "What is allotted."),
     has("vllm.v1.core.kv_cache_manager:KVCacheManager", "coordinator",
         "Leads to the managers of each kind of layers.", FREEING),
@@ -151,7 +156,8 @@ LLAVA = (
     method("vllm.v1.sample.logits_processor:LogitsProcessor.validate_params", "sampling_params",
            "Overridden: refuses prompt log-probabilities.",
            "visual_tokens/dynamic_llava/guard.py"),
-    has("vllm:SamplingParams", "prompt_logprobs", "What is refused of a single request."),
+    has("vllm:SamplingParams", "prompt_logprobs prompt_logprob_token_ids",
+        "What is refused of a single request."),
     method("vllm.distributed:tensor_model_parallel_all_reduce", f"input_, {REST_OPTIONAL}",
            "Sums attention over all ranks' heads.", SCORERS),
     method("vllm.distributed.parallel_state:GroupCoordinator.broadcast", f"input_, {REST_OPTIONAL}",

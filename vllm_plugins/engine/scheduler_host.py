@@ -29,6 +29,7 @@ from vllm_plugins.engine.policy import (
 )
 from vllm_plugins.engine.step_reports import reports_of
 from vllm_plugins.engine.waiting_queue import KeyedRequestQueue
+from vllm_plugins.engine.whole_media import fit_media
 from vllm_plugins.metrics import ACTIVE, Metrics, engine_labels
 from vllm_plugins.plugin import SchedulerPlugin
 from vllm_plugins.settings import enabled_plugins, requested
@@ -128,6 +129,8 @@ class _PolicyHost(Scheduler):
         )
         for policy in self.plugin_policies:
             policy.plan(plan)
+        if self._plugin_whole_media():
+            fit_media(plan, self)
         with self._plugin_applied(plan):
             output = super().schedule(*args, **kwargs)
         step = Step(plan, output, plan.now)
@@ -146,7 +149,7 @@ class _PolicyHost(Scheduler):
         ``--disable-chunked-mm-input`` cuts a step before an item that does not fit into it, but not
         where the step would begin with that item or in its middle.
         """
-        if any(policy.whole_media for policy in self.plugin_policies):
+        if self._plugin_whole_media():
             end = num_computed_tokens + num_new_tokens
             for feature in request.mm_features:
                 place = feature.mm_position
@@ -155,6 +158,9 @@ class _PolicyHost(Scheduler):
         return super()._try_schedule_encoder_inputs(
             request, num_computed_tokens, num_new_tokens, *args, **kw
         )
+
+    def _plugin_whole_media(self) -> bool:
+        return any(policy.whole_media for policy in self.plugin_policies)
 
     def _plugin_can_admit(self, request: Request) -> bool:
         taken = len(self.running) + self.num_waiting_for_streaming_input
