@@ -245,3 +245,14 @@ def test_a_block_by_which_forgotten_tokens_are_counted_is_no_hole(text, frees):
     hole = pruning.plan_span((0, 576), 128)
     assert (hole.first_block, hole.first_block + hole.blocks) == (int(text and frees), 4)
     assert pruning.plan_span((1, 577), 128).first_block == 1
+
+
+@pytest.mark.parametrize("asked", [{"prompt_logprobs": 1}, {"prompt_logprob_token_ids": [[1]]}])
+def test_logprobs_of_the_prompt_are_refused(asked):
+    from vllm import SamplingParams
+
+    from vllm_plugins.visual_tokens.dynamic_llava.guard import PromptLogprobsGuard
+
+    PromptLogprobsGuard.validate_params(SamplingParams(logprobs=1, logprob_token_ids=[1]))
+    with pytest.raises(ValueError, match=f"{next(iter(asked))}: image tokens"):
+        PromptLogprobsGuard.validate_params(SamplingParams(**asked))

@@ -28,16 +28,17 @@ class PromptLogprobsGuard(LogitsProcessor, LogitsProcessorV2):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse prompt log-probabilities.
+        """Refuse log-probabilities of the prompt's tokens, and of chosen tokens in their places.
 
         Raises:
             ValueError: They are asked for.
         """
-        if sampling_params.prompt_logprobs is not None:
-            raise ValueError(
-                "prompt_logprobs: image tokens that --plugin dynamic_llava drops have none; "
-                "leave it out"
-            )
+        for name in ("prompt_logprobs", "prompt_logprob_token_ids"):
+            if getattr(sampling_params, name) is not None:
+                raise ValueError(
+                    f"{name}: image tokens that --plugin dynamic_llava drops have none; "
+                    "leave it out"
+                )
 
     def is_argmax_invariant(self) -> bool:
         """Return True: nothing is changed, so greedy requests pass by."""
