@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 LEARNING_RATE, BETAS = 8e-5, (0.9, 0.95)
 # A run is resumed with the same. Sizes are told by the weights.
 _LASTING = ("lr", "lambda_logit", "lambda_feature", "lambda_balance", "unroll", "mode",
-            "default_operator", "select_from")  # fmt: skip
+            "default_operator", "select_from", "prune_ratio", "pool_ratio", "conv_ratio",
+            "block_size")  # fmt: skip
 DEFAULTS = arguments.Defaults(batch=128, schedule="constant")
 # Without convolution: whatever the gate picks gets as many rows as the operator that wants most,
 # and convolution wants a third of the image where the paper finds it no better than the others.

@@ -183,6 +183,12 @@ def test_checkpoint_of_a_stopped_and_resumed_run_is_the_same(source, data, tmp_p
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_a_run_does_not_go_on_with_other_heads(source, data, tmp_path, capsys):
+    assert command(source, data, tmp_path, "--steps", "1") == 0
+    assert command(source, data, tmp_path, "--steps", "1", "--resume", "--nhead", "1") == REFUSED
+    assert "--resume: nhead was" in capsys.readouterr().err
+
+
 def test_a_frozen_model_is_written_as_it_was(source, data, tmp_path):
     assert command(source, data, tmp_path, "--steps", "2", "--lr", "0") == 0
     weights, before = (load_file(f / "model.safetensors") for f in (tmp_path, source))

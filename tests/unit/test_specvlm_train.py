@@ -14,7 +14,7 @@ from vision import tiny_llava
 
 from tests.specvlm_models import drafter, target
 from tests.training_samples import write_samples
-from vllm_plugins.cli.main import main
+from vllm_plugins.cli.main import REFUSED, main
 from vllm_plugins.spec_decode.specvlm.acceptance import AcceptanceEstimate, answer
 from vllm_plugins.spec_decode.specvlm.checkpoint import load_drafter, save_drafter
 from vllm_plugins.training.journal import read_log
@@ -108,6 +108,18 @@ def test_an_interrupted_run_goes_on_bit_for_bit(data, tmp_path, monkeypatch, cap
     whole, parts = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("changed", "value"),
+    [("prune_ratio", "5"), ("pool_ratio", "5"), ("conv_ratio", "2.8"), ("block_size", "5")],
+)
+def test_a_run_does_not_go_on_with_another_compression(data, tmp_path, capsys, changed, value):
+    steps = ("--steps", "1", "--batch", "4", "--held-out", "0")
+    assert train(data, tmp_path, *steps) == 0
+    option = f"--{changed.replace('_', '-')}"
+    assert train(data, tmp_path, *steps, "--resume", option, value) == REFUSED
+    assert f"--resume: {changed} was" in capsys.readouterr().err
 
 
 def test_two_processes_train_as_one_does(data, tmp_path):

@@ -171,6 +171,10 @@ def test_a_save_that_was_cut_short_is_no_checkpoint(tmp_path):
     trainer(tmp_path, steps=2).run()
     (tmp_path / ".checkpoint-9.new").mkdir()
     assert checkpoints.latest(tmp_path).name == "checkpoint-2"
+    resumed = trainer(tmp_path, steps=2)
+    resumed.resume()
+    resumed.save()
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-2"]
 
 
 def test_the_learning_rate_rises_and_falls(tmp_path):
@@ -219,6 +223,10 @@ def test_other_options_or_weights_are_not_resumed(tmp_path):
     trainer(tmp_path, steps=2).run()
     with pytest.raises(PluginError, match=r"--resume: seed was 3 and is 4"):
         trainer(tmp_path, steps=2, seed=4).resume()
+    with pytest.raises(PluginError, match=r"--resume: schedule was constant and is cosine"):
+        trainer(tmp_path, steps=2, schedule="cosine").resume()
+    with pytest.raises(PluginError, match=r"--resume: clip was 0.0 and is 1.0"):
+        trainer(tmp_path, steps=2, clip=1.0).resume()
     with pytest.raises(PluginError, match=r"--resume: share was None and is 0.5"):
         trainer(tmp_path, steps=2, technique={"share": 0.5}).resume()
     with pytest.raises(PluginError, match=r"--resume: .* has no checkpoint"):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 WHERE = "train dynamic_llava"
 # A run is resumed with the same. Sizes are told by the weights.
 _LASTING = ("lr", "predictor_lr", "weight", "long_answer", "varied", "image_keep_rate",
-            "text_keep_rate", "sparse_layer")  # fmt: skip
+            "text_keep_rate", "sparse_layer", "nhead")  # fmt: skip
 _SIZES = {
     "sparse_layer": "decoder layer whose input the predictors read",
     "d_model": "width of the predictors",

@@ -54,7 +54,7 @@ def latest(folder: Path) -> Path | None:
 def save(
     folder: Path, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, Any], state: State
 ) -> Path:
-    """Write a checkpoint and remove the ones before it.
+    """Write a checkpoint and remove the ones before it, and what killed runs have not finished.
 
     Args:
         folder: The run's.
@@ -64,7 +64,8 @@ def save(
     """
     path = folder / f"checkpoint-{state.step}"
     fresh = folder / f".{path.name}.new"
-    shutil.rmtree(fresh, ignore_errors=True)
+    for unfinished in folder.glob(".checkpoint-*.new"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     fresh.mkdir(parents=True)
     save_file(_plain(weights), fresh / "weights.safetensors")
     save_file(_plain(optimizer), fresh / "optimizer.safetensors")

@@ -204,6 +204,9 @@ class Trainer:
             "processes": self._ranks.count,
             "samples": len(self._samples),
             "steps": options.steps,
+            "schedule": options.schedule,
+            "warmup": options.warmup,
+            "clip": options.clip,
             **options.technique,
         }
 
