@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
@@ -21,6 +23,21 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.vllm_plugins.sarathi")
 
 
+@dataclass
+class _Session:
+    """A request to which turns are added under its name.
+
+    Attributes:
+        request: vLLM's own, which is given the parameters of each turn that begins.
+        params: Of the turn under way.
+        turns: Parameters of those that have not begun, when they arrived and their targets.
+    """
+
+    request: Request
+    params: Any
+    turns: deque[tuple[Any, float, Targets]] = field(default_factory=deque)
+
+
 class LatencyLedger:
     """Times on the scheduler's clock, in seconds.
 
@@ -34,20 +51,44 @@ class LatencyLedger:
         self._last_token: dict[str, float] = {}
         # Only requests with targets of their own, so that the usual look-up is a miss.
         self._own: dict[str, Targets] = {}
+        self._sessions: dict[str, _Session] = {}
 
     def add(self, request: Request, arrived: float) -> bool:
-        """Take a new request; False if its own targets are malformed and were ignored."""
-        self._arrived[request.request_id] = arrived
+        """Take a new request, or a further turn of one that is a session.
+
+        Returns:
+            False if its own targets are malformed and were ignored.
+        """
+        targets, valid = NO_TARGETS, True
         try:
             targets = request_targets(request)
         except InvalidTargetError as error:
             logger.warning("vllm-plugins: sarathi: request %s: %s", request.request_id, error)
-            return False
+            valid = False
+        session = self._sessions.get(request.request_id)
+        if session is not None:
+            session.turns.append((request.sampling_params, arrived, targets))
+            return valid
+        if request.resumable:
+            self._sessions[request.request_id] = _Session(request, request.sampling_params)
+        self._start(request.request_id, arrived, targets)
+        return valid
+
+    def _start(self, request_id: str, arrived: float, targets: Targets) -> None:
+        self._arrived[request_id] = arrived
+        self._last_token.pop(request_id, None)
+        self._own.pop(request_id, None)
         if targets is not NO_TARGETS:
-            self._own[request.request_id] = Targets(
+            self._own[request_id] = Targets(
                 targets.ttft or self._default.ttft, targets.tbt or self._default.tbt
             )
-        return True
+
+    def follow_sessions(self) -> None:
+        """Begin the turns that vLLM has begun since the last step: each has a first token anew."""
+        for name, session in self._sessions.items():
+            while session.turns and session.request.sampling_params is not session.params:
+                session.params, arrived, targets = session.turns.popleft()
+                self._start(name, arrived, targets)
 
     def targets(self, request_id: str) -> Targets:
         """Return a request's targets, its own or the default."""
@@ -106,3 +147,4 @@ class LatencyLedger:
             self._arrived.pop(request_id, None)
             self._last_token.pop(request_id, None)
             self._own.pop(request_id, None)
+            self._sessions.pop(request_id, None)

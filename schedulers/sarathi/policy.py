@@ -66,6 +66,7 @@ class SarathiPolicy(SchedulerPolicy):
     def plan(self, plan: StepPlan) -> None:
         """Set the step's budget and order."""
         options = self._options
+        self._ledger.follow_sessions()
         plan.decode_first |= options.decode_first
         if options.pp_balance:
             self._balance_decodes(plan)

@@ -47,7 +47,9 @@ class SpfPolicy(SchedulerPolicy):
         return remaining + self._gamma * self._arrived[request.request_id]
 
     def added(self, request: Request, arrived: float) -> None:
-        """Take a new request's arrival."""
+        """Take a new request's arrival; a session's further turns go before all that wait."""
+        if request.request_id in self._arrived:
+            return
         self._arrived[request.request_id] = self._waiting[request.request_id] = arrived
 
     def scheduled(self, step: Step) -> None:

@@ -86,3 +86,19 @@ def test_a_step_without_images_keeps_its_budget(llm):
     scheduler_of(llm).schedule = noted
     step_until(llm, "text")
     assert max(rows) <= SMALL
+
+
+def test_a_pause_between_two_turns_is_no_late_token():
+    arguments, now, missed = engine_args(PRUNED, "sarathi:tbt_slo_ms=1000"), [0.0], []
+    with make_engine(folder(), **arguments, **ENGINE) as llm:
+        scheduler = scheduler_of(llm)
+        scheduler.plugin_clock = lambda: now[0]
+        for policy in scheduler.plugin_policies:
+            policy.metric.inc = lambda name, *rest: missed.append(name)
+        one = Session(llm)
+        for ask in (Ask(5, (), 3), Ask(2, (1,), 1)):
+            one.send(ask)
+            one.turn()
+            now[0] += 100
+        one.close()
+        assert "sarathi_tbt_slo_misses_total" not in missed

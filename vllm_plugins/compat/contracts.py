@@ -203,7 +203,7 @@ DATA = (
     is_class("vllm.v1.request:Request", "What a scheduler handles."),
     has("vllm.v1.request:Request",
          "request_id is_prefill_chunk num_computed_tokens num_tokens num_tokens_with_spec "
-         "num_output_placeholders arrival_time sampling_params",
+         "num_output_placeholders arrival_time sampling_params resumable",
          "How far a request is, when it came, and what it asked for."),
     has("vllm.sampling_params:SamplingParams", "extra_args",
          "Latency targets of a single request."),
