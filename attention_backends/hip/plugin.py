@@ -178,7 +178,7 @@ class HipPlugin(AttentionPlugin):
         "dense_layers"
     )
     requires = Requirements(
-        vllm=">=0.32", platforms=frozenset({"cpu", "cuda"}), runners=frozenset({"V1", "V2"})
+        vllm=">=0.30", platforms=frozenset({"cpu", "cuda"}), runners=frozenset({"V1", "V2"})
     )
     conflicts: ClassVar[dict[str, str]] = {
         "kvshare": "KV that hip computes depends on what it selects, and another request would "

@@ -139,7 +139,7 @@ class ZipCachePlugin(AttentionPlugin):
         "sequence within one block"
     )
     requires = Requirements(
-        vllm=">=0.32", platforms=frozenset({"cpu", "cuda"}), runners=frozenset({"V1", "V2"})
+        vllm=">=0.30", platforms=frozenset({"cpu", "cuda"}), runners=frozenset({"V1", "V2"})
     )
     conflicts: ClassVar[dict[str, str]] = {
         "kvshare": "it moves KV, and packed pages depend on what else attended to them",

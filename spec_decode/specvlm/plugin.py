@@ -106,7 +106,7 @@ class SpecVlmPlugin(WorkerPlugin):
     summary = "Drafts with one layer that sees the image, compressed as the question needs it."
     papers = (Paper("SpecVLM: Fast Speculative Decoding in Vision-Language Models", "2509.11815"),)
     exactness = "exact; mode=off leaves the drafter the whole image"
-    requires = Requirements(vllm=">=0.32", platforms=frozenset({"cpu", "cuda"}))
+    requires = Requirements(vllm=">=0.31", platforms=frozenset({"cpu", "cuda"}))
     conflicts: ClassVar[dict[str, str]] = {
         "kvshare": "the drafter has to see the tokens that are not computed",
         "pd": "which blocks the drafter does not see would not travel with them",

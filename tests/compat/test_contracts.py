@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from vllm_plugins.compat import CONTRACTS, Contract, check_contracts, docs
+from vllm_plugins.compat.combinations import own_plugins
 from vllm_plugins.compat.contract import attributes_of
 from vllm_plugins.compat.usage import Use, find_uses, uses_of_source
 from vllm_plugins.registry import load
@@ -106,7 +108,11 @@ def test_a_contract_about_other_versions_is_not_checked(versions, applies):
 
 def test_rows_of_one_plugin_alone_are_about_its_versions():
     scoped = [contract for contract in CONTRACTS if contract.vllm]
-    assert {contract.vllm for contract in scoped} == {load("kvshare").requires.vllm}
+    needed = {name: load(name).requires.vllm for name in own_plugins()}
+    assert {contract.vllm for contract in scoped} == set(filter(None, needed.values()))
+    for name, versions in needed.items():
+        rows = [c for c in scoped if any(f"/{name}/" in place for place in c.used_in)]
+        assert [c for c in rows if versions.removeprefix(">=") not in SpecifierSet(c.vllm)] == []
     core = ("activation.py", "engine/scheduler_host.py", "metrics.py", "settings.py")
     assert not [c for c in scoped if set(c.used_in) & set(core)]
     assert all("| all |" in row or "| >=" in row for row in docs.page().splitlines()[-50:])

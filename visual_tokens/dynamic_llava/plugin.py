@@ -164,7 +164,7 @@ class DynamicLlavaPlugin(WorkerPlugin, SchedulerPlugin):
         ),
     )
     exactness = "approximate by image_keep_rate and text_keep; exact at 1 and false"
-    requires = Requirements(vllm=">=0.32", platforms=frozenset({"cpu", "cuda"}))
+    requires = Requirements(vllm=">=0.31", platforms=frozenset({"cpu", "cuda"}))
     conflicts: ClassVar[dict[str, str]] = {
         "hip": "it selects key blocks by where they are, and holes move them",
         "kvshare": "it moves KV, and pages of the upper layers have holes",

@@ -292,7 +292,11 @@ CACHE = (
     ),
 )  # fmt: skip
 
-WORKER_CONTRACTS: tuple[Contract, ...] = tuple(
-    replace(contract, vllm=load("kvshare").requires.vllm)
-    for contract in (*WORKER, *PARTIAL_FORWARD, *KV_CONNECTOR, *CACHE, *HTTP_SIDE, *TIERS)
+WORKER_CONTRACTS: tuple[Contract, ...] = (
+    # Attention backends need least of all that have a part in the worker.
+    *(replace(row, vllm=load("hip").requires.vllm) for row in WORKER),
+    *(
+        replace(row, vllm=load("kvshare").requires.vllm)
+        for row in (*PARTIAL_FORWARD, *KV_CONNECTOR, *CACHE, *HTTP_SIDE, *TIERS)
+    ),
 )
