@@ -64,7 +64,9 @@ def content(i: int) -> list[dict]:
     words = [f"t{10 + (7 * i + j) % 50}" for j in range(40)]
     parts = [{"type": "text", "text": " ".join(words[: 1 + i % 17])}]
     for j in range(i % 4):
-        parts += [picture(i + j), {"type": "text", "text": words[j]}]
+        # No two requests show the same: vLLM, stock too, may answer 500 to one that shows an image
+        # of which another has only just begun, and asks for it again.
+        parts += [picture(4 * i + j), {"type": "text", "text": words[j]}]
     return [*parts, {"type": "text", "text": " ".join(words[20 : 25 + i % 9])}]
 
 
