@@ -43,7 +43,8 @@ def smollm2() -> Path:
     command = [sys.executable, str(SMOLLM2_MAKER)]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode == EXIT_UNREACHABLE:
-        pytest.skip(f"SmolLM2 is not cached and cannot be fetched: {made.stderr.strip()}")
+        # A reader can run the same.
+        pytest.skip(f"`python examples/models/smollm2.py` says: {made.stderr.strip()}")
     assert made.returncode == 0, made.stderr
     return Path(made.stdout.strip().splitlines()[-1])
 

@@ -170,10 +170,9 @@ class TextBuilder(HoleBuilder):
         """Make holes in the middle of a step, and remember how far they reach."""
         reach, own = self.hole_view.reach, self.text_rows
         assert reach is not None and own is not None
-        # Each request's columns ascend, so that what is left of each is its last.
-        ends = dict(zip(plan.hidden[0].tolist(), plan.hidden[1].tolist(), strict=True))
-        last = np.array([*ends.items()], np.int64).reshape(-1, 2)
-        requests, columns = torch.from_numpy(last).to(self.device, non_blocking=True).T
+        # Requests follow one another, and the columns of each ascend.
+        last = plan.hidden[:, np.diff(plan.hidden[0], append=-1) != 0]
+        requests, columns = torch.from_numpy(last).to(self.device, non_blocking=True)
         reach[own.firsts[requests]] = ((columns + 1) * plan.block_size).int()
         return super().hole_hide(plan)
 
