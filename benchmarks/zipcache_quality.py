@@ -1,6 +1,7 @@
 """What ZipCache's bits cost in perplexity, and what a token takes.
 
-    python benchmarks/zipcache_quality.py MODEL [--passages 8] [--out FILE.json] [--plot FILE.png]
+    python benchmarks/zipcache_quality.py MODEL [--passages 8] [--key-transform FILE] \
+        [--out FILE.json] [--plot FILE.png]
 
 The model is transformers' own, in float32. A prompt is computed exactly, as the plug-in does it in
 one chunk; then its keys and values go through the plug-in's quantiser, with the salient tokens
@@ -26,8 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from in_process import write
+from zipcache_settings import RATIOS, Setting, settings
 
 from vllm_plugins.attention_backends.zipcache import quantiser, saliency
+from vllm_plugins.attention_backends.zipcache.key_transform import KeyTransform, KeyTransformFile
 from vllm_plugins.attention_backends.zipcache.page import PageFormat
 from vllm_plugins.attention_backends.zipcache.saliency import Probing
 
@@ -35,85 +38,6 @@ CONTEXT, FOLLOWING = 1024, 128
 MODULES = ("argparse", "ast", "datetime", "decimal", "difflib", "doctest", "inspect", "ipaddress",
            "mailbox", "optparse", "pathlib", "pickle", "shutil", "subprocess", "tarfile",
            "typing")  # fmt: skip
-RATIOS = (0.1, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9)
-ALWAYS_FIRST = 4
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way to keep a cache.
-
-    Attributes:
-        bits: As the plug-in's option.
-        ratio: Of salient tokens.
-        choice: ``saliency``, ``random``, or ``global``: one quota for the prompt, as in the paper.
-        block: Tokens of a block.
-        normalizer: As the plug-in's option.
-        scale: What values of a channel are divided by: ``largest`` magnitude, its ``root`` as in
-            the published code, or ``none``.
-        first: First tokens that are salient at any rate.
-        keys: As the plug-in's option ``key_salient_ratio``.
-        exact: Which of ``keys`` and ``values`` stay as they were, to see what the others cost.
-    """
-
-    bits: str
-    ratio: float = 0.6
-    choice: str = "saliency"
-    block: int = 64
-    normalizer: str = "probe_nnz"
-    scale: str = "largest"
-    first: int = ALWAYS_FIRST
-    keys: float | None = None
-    exact: str | None = None
-
-    @property
-    def label(self) -> str:
-        """How the setting is named in tables."""
-        ratio = f" r={self.ratio:g}" if self.bits == "4/2" else ""
-        extra = [
-            *([self.choice] if self.bits == "4/2" and self.choice != "saliency" else []),
-            *([f"N={self.block}"] if self.block != 64 else []),
-            *([self.normalizer] if self.normalizer != "probe_nnz" else []),
-            *([f"value scale {self.scale}"] if self.scale != "largest" else []),
-            *(["no first tokens"] if self.first != ALWAYS_FIRST else []),
-            *([f"keys r={self.keys:g}"] if self.keys is not None else []),
-            *([f"exact {self.exact}"] if self.exact is not None else []),
-        ]
-        return ", ".join([self.bits + ratio, *extra])
-
-    def page(self, head_size: int) -> PageFormat:
-        """Return the format of its pages."""
-        return PageFormat.of(self.block, head_size, self.bits, self.ratio, self.keys)
-
-
-def settings() -> Iterator[Setting]:
-    """Return the settings that are compared."""
-    yield Setting("4/4")
-    yield Setting("2/2")
-    for ratio in RATIOS:
-        yield Setting("4/2", ratio)
-        yield Setting("4/2", ratio, "random")
-    yield Setting("4/2", 0.6, "global")
-    yield Setting("4/2", 0.6, normalizer="full_nnz")
-    yield Setting("4/2", 0.6, scale="none")
-    yield Setting("4/2", 0.6, first=0)
-    for block in (32, 128):
-        yield Setting("4/2", 0.6, block=block)
-    yield Setting("4/4", block=128)
-    yield Setting("4/4", block=32)
-    # Which of the two needs its bits: keys, or values.
-    yield Setting("4/2", 1, block=128, keys=0.6)
-    yield Setting("4/2", 0.3, block=128, keys=0.8)
-    for ratio in (0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8):
-        yield Setting("4/2", ratio, block=128, keys=1)
-    for ratio in (0, 0.2, 0.3, 0.4):
-        yield Setting("4/2", ratio, keys=1)
-    yield Setting("4/4", scale="root")
-    yield Setting("4/2", 0.2, keys=1, scale="root")
-    yield Setting("4/2", 0.2, block=128, keys=1, scale="root")
-    for exact in ("keys", "values"):
-        yield Setting("4/4", exact=exact)
-        yield Setting("4/2", 0.2, block=128, keys=1, exact=exact)
 
 
 class Recorder:
@@ -209,11 +133,24 @@ def salient_tokens(prompt: Prompt, layer: int, setting: Setting, page: PageForma
     return saliency.choose_both(scores.unflatten(1, (-1, setting.block)), page)
 
 
-def packed(prompt: Prompt, setting: Setting) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def transforms(path: str, config: Any) -> list[KeyTransform]:
+    """Read the bases of all layers."""
+    file, heads = KeyTransformFile(path), config.num_key_value_heads
+    size = config.hidden_size // config.num_attention_heads
+    names = [f"model.layers.{i}.self_attn.attn" for i in range(config.num_hidden_layers)]
+    found = (file.layer(name, heads, slice(heads), size) for name in names)
+    return [KeyTransform.of(matrix, mean, torch.float32) for matrix, mean in found]
+
+
+def packed(
+    prompt: Prompt, setting: Setting, bases: list[KeyTransform]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Return keys and values of each layer as a setting's cache gives them back."""
     page = setting.page(prompt.keys[0].shape[-1])
     for layer, (keys, values) in enumerate(zip(prompt.keys, prompt.values, strict=True)):
-        k, v = (x.unflatten(1, (-1, setting.block)) for x in (keys, values))
+        by = bases[layer] if setting.transformed else None
+        inside = keys if by is None else keys @ by.keys - by.centre[:, None]
+        k, v = (x.unflatten(1, (-1, setting.block)) for x in (inside, values))
         root = torch.ones(())
         if setting.scale == "root":
             root = v.abs().amax(dim=-2, keepdim=True).sqrt().half().float()
@@ -221,16 +158,20 @@ def packed(prompt: Prompt, setting: Setting) -> Iterator[tuple[torch.Tensor, tor
         codes = quantiser.quantise(k, v / root, setting.scale == "largest")
         k, v = quantiser.dequantise(codes, salient_tokens(prompt, layer, setting, page))
         k, v = k.flatten(1, 2), (v * root).flatten(1, 2)
+        if by is not None:
+            # Queries would be transformed instead: scores are the same.
+            k = (k + by.centre[:, None]) @ by.queries.mT
         yield keys if setting.exact == "keys" else k, values if setting.exact == "values" else v
 
 
-def predictions(model: Any, prompt: Prompt, setting: Setting | None) -> torch.Tensor:
+def predictions(
+    model: Any, prompt: Prompt, setting: Setting | None, bases: list[KeyTransform]
+) -> torch.Tensor:
     """Return the logarithms of what follows, on the cache of a setting or the exact one."""
     from transformers import DynamicCache
 
-    layers = (
-        zip(prompt.keys, prompt.values, strict=True) if setting is None else packed(prompt, setting)
-    )
+    exact = zip(prompt.keys, prompt.values, strict=True)
+    layers = exact if setting is None else packed(prompt, setting, bases)
     cache = DynamicCache()
     for i, (k, v) in enumerate(layers):
         cache.update(k[None], v[None], i)
@@ -272,16 +213,17 @@ def overlap(prompt: Prompt, setting: Setting) -> float:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Return losses of every setting, relative to the exact cache."""
     recorder = Recorder()
-    model, found = load(args.model), {}
+    model, found, path = load(args.model), {}, args.key_transform
+    bases = transforms(path, model.config) if path is not None else []
     for kind, passages in texts(args.model, args.passages).items():
-        exact, losses, overlaps = [], {x: [] for x in settings()}, []
+        exact, losses, overlaps = [], {x: [] for x in settings(bool(bases))}, []
         for ids in passages:
             prompt = compute(model, recorder, ids)
-            text, stock = prompt.following[1:], predictions(model, prompt, None)
+            text, stock = prompt.following[1:], predictions(model, prompt, None, bases)
             exact.append(torch.nn.functional.nll_loss(stock, text).item())
             overlaps.append(overlap(prompt, Setting("4/2")))
             for setting in losses:
-                ours = predictions(model, prompt, setting)
+                ours = predictions(model, prompt, setting, bases)
                 losses[setting].append(Loss.between(stock, ours, text))
         found[kind] = {
             "exact perplexity": math.exp(statistics.mean(exact)),
@@ -308,6 +250,7 @@ def row(model: Any, setting: Setting, losses: list[Loss]) -> dict[str, Any]:
         "choice": setting.choice,
         "value scale": setting.scale,
         "exact": setting.exact,
+        "transformed": setting.transformed,
         "salient ratio of keys": setting.ratio if setting.keys is None else setting.keys,
         "increase": math.exp(mean) - 1,
         "error": spread,
@@ -366,6 +309,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--passages", type=int, default=8)
+    parser.add_argument("--key-transform", help="made by `vllm-plugins train zipcache`")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()

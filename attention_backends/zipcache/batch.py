@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vllm_plugins.attention_backends.zipcache.key_transform import KeyTransform
 from vllm_plugins.attention_backends.zipcache.page import PageFormat
 
 # Where a block's tokens are: its state. A staging row is its own number; residual row r is RAW - r.
@@ -87,6 +88,7 @@ class LayerMemory:
             (rows, kv heads, 2, N, D / 4).
         staging_sums: As ``residual_sums``, shape (rows, kv heads, N).
         cache: Pages, uint8, shape (cache blocks, kv heads, page bytes); set once the cache exists.
+        transform: What keys and queries are multiplied by before all else, or None.
     """
 
     page: PageFormat
@@ -96,6 +98,7 @@ class LayerMemory:
     staging: torch.Tensor
     staging_sums: torch.Tensor
     cache: torch.Tensor
+    transform: KeyTransform | None = None
 
     @classmethod
     def take(
@@ -138,4 +141,5 @@ class LayerMemory:
     def bytes(self) -> int:
         """Bytes besides the cache."""
         parts = (self.residual, self.residual_sums, self.staging, self.staging_sums)
-        return sum(x.nbytes for x in parts)
+        own = sum(x.nbytes for x in parts)
+        return own if self.transform is None else own + self.transform.bytes

@@ -149,6 +149,8 @@ class ZipCacheCpuImpl(PackedLayer, CPUAttentionBackendImpl):
         if batch is None:
             # Not what memory held: a model may choose experts by it.
             return output.fill_(0)
+        if self.memory.transform is not None:
+            query, key = self.memory.transform.apply(query, key)
         kernels.write(self.memory, key, value, batch)
         kernels.attend(self.memory, query, key, value, output, batch, self.scale)
         return output

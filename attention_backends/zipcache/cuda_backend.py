@@ -233,6 +233,8 @@ class ZipCacheCudaImpl(PackedLayer, FlashAttentionImpl):
             torch.zeros(1, n, self.head_size, dtype=memory.residual.dtype, device=device)
             for n in (self.num_heads, self.num_kv_heads)
         )
+        if memory.transform is not None:
+            query, key = ops.zipcache_transform(memory.transform, query, key)
         ops.zipcache_write(memory, key, key, batch)
         ops.zipcache_attend(memory, query, key, key, query, batch, space, self.scale)
         if memory.page.chooses:
@@ -268,6 +270,8 @@ class ZipCacheCudaImpl(PackedLayer, FlashAttentionImpl):
         batch = attn_metadata.batch
         # While memory is measured the cache is another one.
         pages = dataclasses.replace(self.memory, cache=kv_cache.view(*kv_cache.shape[:2], -1))
+        if pages.transform is not None:
+            query, key = ops.zipcache_transform(pages.transform, query, key)
         ops.zipcache_write(pages, key, value, batch)
         ops.zipcache_attend(pages, query, key, value, output, batch, self.space, self.scale)
         if pages.page.chooses:

@@ -66,6 +66,11 @@ class ZipCacheOptions(Options):
     always_salient_first: int = Field(
         4, ge=0, le=1024, description="First tokens of a sequence that are salient at any rate."
     )
+    key_transform: str | None = Field(
+        None,
+        description="File of a basis for each layer's keys, in which they lose least; made by "
+        "`vllm-plugins train zipcache`, not the paper's.",
+    )
     v_scale: Literal["block", "none"] = Field(
         "block", description="Whether values are divided by a scale for each channel of a block."
     )
@@ -169,6 +174,11 @@ class ZipCachePlugin(AttentionPlugin):
                     f"the model has {layers} layers",
                     "drop it",
                 )
+        if options.key_transform is not None:
+            from vllm_plugins.attention_backends.zipcache.key_transform import KeyTransformFile
+
+            # Rather here, in one line, than from a worker; which layers it has is seen there.
+            KeyTransformFile(options.key_transform)
         least = config.scheduler_config.max_num_batched_tokens
         if options.staging_tokens is not None and options.staging_tokens < least:
             raise PluginError(

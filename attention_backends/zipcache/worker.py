@@ -7,12 +7,18 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_plugins.attention_backends.zipcache.away import AwayRows
 from vllm_plugins.attention_backends.zipcache.batch import LayerMemory, Seals
 from vllm_plugins.attention_backends.zipcache.blocks import BlockLife, LifeOptions
+from vllm_plugins.attention_backends.zipcache.key_transform import (
+    KeyTransform,
+    KeyTransformFile,
+    heads_of_rank,
+)
 from vllm_plugins.attention_backends.zipcache.metrics import BlockMeter
 from vllm_plugins.attention_backends.zipcache.page import HEAD_MULTIPLE, PageFormat
 from vllm_plugins.attention_backends.zipcache.saliency import Probing
@@ -103,11 +109,15 @@ class ZipCacheListener(WorkerListener):
             PluginError: A layer's attention is of a kind that ZipCache does not compute.
         """
         skipped, total = self._options.skipped(self._num_layers), 0
+        path = self._options.key_transform
+        transforms = KeyTransformFile(path) if path is not None else None
         for name, layer in attention_layers(self._config, PackedLayer).items():
             _check_layer(name, layer)
             if extract_layer_index(name) in skipped:
                 continue
             memory = self._take_memory(layer)
+            if transforms is not None:
+                memory.transform = self._transform(transforms, name, layer)
             layer.impl.pack(memory)
             layer.attn_backend = layer.impl.backend(*self._options.shares)
             self._packed[name] = layer.impl
@@ -141,6 +151,15 @@ class ZipCacheListener(WorkerListener):
             self._options.v_scale == "block",
             next(layer.parameters(), layer.kv_cache).device,
         )
+
+    def _transform(self, file: KeyTransformFile, name: str, layer: Any) -> KeyTransform:
+        """Read what a layer's keys are multiplied by, those of this rank's heads."""
+        ranks, model = get_tp_group(), self._config.model_config
+        total = model.get_total_num_kv_heads()
+        heads = heads_of_rank(total, layer.num_kv_heads, ranks.rank_in_group, ranks.world_size)
+        device = next(layer.parameters(), layer.kv_cache).device
+        read = file.layer(name, total, heads, layer.head_size)
+        return KeyTransform.of(*read, model.dtype, device)
 
     def on_kv_cache_ready(self, runner: RunnerView) -> None:
         """Give the layers their pages and the builders the blocks' life.

@@ -130,3 +130,20 @@ def test_writing_packs_as_the_cpu_does():
             assert torch.equal(found[:, part], wanted[:, part])
         assert torch.equal(problem.memory.staging[i].cpu(), quantiser.low_planes(codes))
     assert torch.equal(problem.memory.residual[0, :, 0, :5], key[2 * N :].transpose(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "group", "size"), [(1, 4, 128), (100, 8, 96), (33, 1, 256)])
+def test_a_change_of_basis(tokens, group, size, dtype):
+    from tests.unit.zipcache_triton_ops import basis
+    from vllm_plugins.attention_backends.zipcache.key_transform import KeyTransform
+    from vllm_plugins.attention_backends.zipcache.triton_kernels import ops
+
+    by = basis(4, size, dtype)
+    query, key = (torch.randn(tokens, n, size).to(dtype) for n in (4 * group, 4))
+    on_device = KeyTransform(*(x.cuda() for x in (*(y.to(dtype) for y in (by.keys, by.queries)),
+                                                  by.centre)))  # fmt: skip
+    found = ops.zipcache_transform(on_device, query.cuda(), key.cuda())
+    off = torch.finfo(dtype).eps * 2
+    for ours, wanted in zip(found, by.apply(query, key), strict=True):
+        torch.testing.assert_close(ours.cpu().double(), wanted.double(), rtol=off, atol=off)

@@ -16,6 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from tests.unit.hip_triton_compile import Hopper, resources
 from vllm_plugins.attention_backends.zipcache.batch import LayerMemory, Seals
+from vllm_plugins.attention_backends.zipcache.key_transform import KeyTransform
 from vllm_plugins.attention_backends.zipcache.page import PageFormat
 from vllm_plugins.attention_backends.zipcache.triton_kernels import ops
 from vllm_plugins.attention_backends.zipcache.triton_kernels.batches import (
@@ -71,6 +72,9 @@ def launch(heads: int, kv_heads: int, size: int, block_size: int, of_keys: float
     ops.zipcache_write(layer, key, key, batch)
     ops.zipcache_score(layer, query, key, batch, space, 0.1)
     ops.zipcache_seal(layer, Seals(ints, ints, ints, torch.zeros(8, block_size)))
+    square = torch.zeros(kv_heads, size, size, dtype=dtype)
+    by = KeyTransform(square, square, torch.zeros(kv_heads, size))
+    ops.zipcache_transform(by, query, key)
 
 
 if __name__ == "__main__":

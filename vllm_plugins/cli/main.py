@@ -26,7 +26,7 @@ COMMANDS = {
     "and a trace.",
     "route": "Serve one OpenAI endpoint in front of prefill, decode and encode instances.",
     "deploy": "Run prefill, decode and encode instances and their router on a Ray cluster.",
-    "train": "Train what a technique needs: a drafter, or predictors of visual tokens.",
+    "train": "Train what a technique needs: a drafter, predictors of visual tokens, bases of keys.",
     "kvshare": "Show, fill and empty what a server with --plugin kvshare stores.",
 }
 """Subcommands with the one-line help that ``--help`` shows without importing them."""

@@ -1,4 +1,4 @@
-"""``vllm-plugins train TECHNIQUE``: train what a technique needs, from image-text samples."""
+"""``vllm-plugins train TECHNIQUE``: train what a technique needs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from importlib import import_module
 from typing import Any
 
-HELP = "Train what a technique needs: a drafter, or predictors of visual tokens."
+HELP = "Train what a technique needs: a drafter, predictors of visual tokens, bases of keys."
 TECHNIQUES = {
     "specvlm": (
         "vllm_plugins.spec_decode.specvlm.train",
@@ -15,6 +15,10 @@ TECHNIQUES = {
     "dynamic_llava": (
         "vllm_plugins.visual_tokens.dynamic_llava.train",
         "Train predictors that drop visual tokens, and the model with them.",
+    ),
+    "zipcache": (
+        "vllm_plugins.attention_backends.zipcache.train",
+        "Find bases in which a model's keys lose least by four bits, for --plugin zipcache.",
     ),
 }
 """Modules with ``add_arguments(parser)`` and ``run(args)``, imported when they are chosen."""

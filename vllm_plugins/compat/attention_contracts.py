@@ -178,6 +178,16 @@ PAGES = (
         "The life of blocks follows the scheduler.", BLOCKS),
 )  # fmt: skip
 
+KEYS = "attention_backends/zipcache/train.py"
+
+KEY_TRANSFORMS = (
+    method("vllm:LLM.from_engine_args", "engine_args", "Keys are looked at with a server's flags."),
+    method("vllm:LLM.apply_model", "func", "Hooks are set in the workers.", KEYS),
+    method("vllm.model_executor.layers.attention:Attention.forward",
+           f"query, key, value, {REST_OPTIONAL}", "Hooks see a layer's queries and keys.", KEYS),
+    method("vllm.config:ModelConfig.get_total_num_kv_heads", "", "Which heads a rank has."),
+)  # fmt: skip
+
 _UTILS = "vllm.v1.attention.backends.fa_utils"
 
 PACKED_CUDA_BACKEND = (
@@ -200,5 +210,12 @@ PACKED_CUDA_BACKEND = (
 
 ATTENTION_CONTRACTS: tuple[Contract, ...] = tuple(
     replace(contract, vllm=load("hip").requires.vllm)
-    for contract in (*ENTRY, *CPU_BACKEND, *CUDA_BACKEND, *PAGES, *PACKED_CUDA_BACKEND)
+    for contract in (
+        *ENTRY,
+        *CPU_BACKEND,
+        *CUDA_BACKEND,
+        *PAGES,
+        *KEY_TRANSFORMS,
+        *PACKED_CUDA_BACKEND,
+    )
 )

@@ -6,10 +6,11 @@
 | `vllm_plugins::zipcache_attend` | attention of all rows; writes ``out`` and the log-sum-exp |
 | `vllm_plugins::zipcache_score` | probes' attention, added to the sums of blocks |
 | `vllm_plugins::zipcache_seal` | blocks' quotas |
+| `vllm_plugins::zipcache_transform` | queries and keys in another basis; returns them |
 
-None waits for the device, none allocates, and no grid depends on what is there: with rows of one
-token alone all but sealing can be captured in a graph. The functions here call them with
-dataclasses; operators take their fields.
+None waits for the device, none but the last allocates, and no grid depends on what is there: with
+rows of one token alone all but sealing can be captured in a graph. The functions here call them
+with dataclasses; operators take their fields.
 """
 
 from typing import Any
@@ -17,12 +18,14 @@ from typing import Any
 import torch
 
 from vllm_plugins.attention_backends.zipcache.batch import LayerMemory, Seals
+from vllm_plugins.attention_backends.zipcache.key_transform import KeyTransform
 from vllm_plugins.attention_backends.zipcache.page import PageFormat
 from vllm_plugins.attention_backends.zipcache.triton_kernels import (
     decode,
     prefill,
     score,
     seal,
+    transform,
     write,
 )
 from vllm_plugins.attention_backends.zipcache.triton_kernels.batches import DeviceBatch, Workspace
@@ -106,6 +109,16 @@ def zipcache_seal(layer: LayerMemory, seals: Seals) -> None:
     torch.ops.vllm_plugins.zipcache_seal(*_of_layer(layer), *vars(seals).values())
 
 
+def zipcache_transform(
+    by: KeyTransform, query: torch.Tensor, key: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Change the basis; arguments and results are those of `KeyTransform.apply`."""
+    found: tuple[torch.Tensor, torch.Tensor] = torch.ops.vllm_plugins.zipcache_transform(
+        *vars(by).values(), query, key
+    )
+    return found
+
+
 def _split(arguments: tuple[Any, ...]) -> tuple[LayerMemory, DeviceBatch, tuple[Any, ...]]:
     """Make a layer and a batch from an operator's arguments; return what is left as well."""
     of_layer, of_batch = _FIELDS
@@ -136,8 +149,19 @@ def _seal(*arguments: Any) -> None:
     seal.seal(_layer(*arguments[:of_layer]), Seals(*arguments[of_layer:]))
 
 
+def _transform(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *by, query, key = arguments
+    return transform.transform(KeyTransform(*by), query, key)
+
+
 def _nothing(*_: object) -> None:
-    """Stand in for an operator where shapes alone are asked for: none returns a tensor."""
+    """Stand in for an operator that returns no tensor, where shapes alone are asked for."""
+
+
+def _same_shapes(*arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stand in for the change of a basis."""
+    query, key = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in arguments[-2:])
+    return query, key
 
 
 def _changes(names: str) -> str:
@@ -171,3 +195,10 @@ for _name, _arguments, _run in (
     # On CPU there is Triton's interpreter.
     _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vllm_plugins::{_name}", _nothing, lib=_LIBRARY)
+
+_LIBRARY.define(
+    "zipcache_transform(Tensor keys, Tensor queries, Tensor centre, Tensor query, Tensor key) "
+    "-> (Tensor, Tensor)"
+)
+_LIBRARY.impl("zipcache_transform", _transform, "CompositeExplicitAutograd")
+torch.library.register_fake("vllm_plugins::zipcache_transform", _same_shapes, lib=_LIBRARY)
