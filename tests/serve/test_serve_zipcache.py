@@ -1,5 +1,7 @@
 """ZipCache in a real server: mixed lengths, streams, hang-ups, refusals."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -59,11 +61,53 @@ def test_metrics_are_served(server):
     assert 0 < server.metric("vllm_plugins:zipcache_token_bytes") < 4 * 2 * 256 / 3
 
 
+def train(*words):
+    command = [sys.executable, "-m", "vllm_plugins.cli.main", "train", "zipcache"]
+    return subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+
+
+def test_keys_are_kept_in_bases_that_the_command_finds(tmp_path):
+    """As a user does it: find them in a text, and serve with them."""
+    model, text, out = tiny_llama(layers=4), tmp_path / "text", tmp_path / "keys.safetensors"
+    text.write_text("This licence is no contract. " * 40)
+    words = (str(model), "--text", str(text), "--out", str(out), "--serve-args=--dtype float32")
+    done = train(*words, "--window", "129")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"{out}: 4 layers, from ")
+    # A hit of the prefix cache would read what the first request has sealed.
+    plugin = ("--plugin", f"zipcache:key_transform={out}", "--no-enable-prefix-caching")
+    with served(model, *plugin) as server:
+        first, again = (completion(server, prompt_of(3)).choices[0].text for _ in range(2))
+        assert first == again
+        assert server.metric("vllm_plugins:zipcache_sealed_blocks_total", reason="prompt") == 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "--text: it has 1 tokens, and a sequence has 1023; give more text or lower --window"),
+        (("--text", "nowhere"), "--text nowhere: [Errno 2] No such file or directory: 'nowhere'"),
+        (("--out", "nowhere/x"), "--out nowhere/x: its folder does not exist; make it"),
+    ],
+)
+def test_what_bases_cannot_be_found_from_is_refused_in_a_line(words, message, tmp_path):
+    text = tmp_path / "text"
+    text.write_text("x")
+    given = (str(tiny_llama(layers=4)), "--text", str(text), "--out", str(tmp_path / "out"))
+    done = train(*given, "--serve-args=--dtype float32", *words)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("zipcache", "--block-size", "16"), "--plugin zipcache with --block-size 16"),
         (("zipcache:bits=3/2",), "--plugin zipcache: bits=3/2"),
+        (
+            ("zipcache:key_transform=nowhere",),
+            "--plugin zipcache: key_transform=nowhere: it cannot",
+        ),
         (("zipcache", "hip"), "is an attention backend, and so is"),
     ],
 )

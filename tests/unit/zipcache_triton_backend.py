@@ -8,12 +8,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from tests.models import make_engine, scheduler_of, tiny_llama, worker_of
 from tests.unit import hip_kernels  # Makes the interpreter right and fast.
 from vllm_plugins import engine_args
+from vllm_plugins.attention_backends.zipcache import key_transform
 from vllm_plugins.attention_backends.zipcache.batch import RAW
 from vllm_plugins.attention_backends.zipcache.cuda_backend import (
     PackedCudaBackend,
@@ -49,9 +51,9 @@ class Packed(PackedCudaBackend):
 
 
 @contextmanager
-def engine(**more):
+def engine(options=None, **more):
     arguments = {"seed": 0, "max_num_batched_tokens": 64, "block_size": BLOCK, "max_num_seqs": 4}
-    arguments |= engine_args("zipcache") | more
+    arguments |= engine_args("zipcache", **options or {}) | more
     with make_engine(tiny_llama(layers=1), **arguments) as llm:
         yield llm
 
@@ -64,6 +66,14 @@ def greedy(llm, tokens=5):
         [p[t].logprob for p, t in zip(x.logprobs, x.token_ids, strict=True)] for x in answers
     ]
     return [x.token_ids for x in answers], torch.tensor(logprobs)
+
+
+def write_bases(path):
+    """Write a file of bases for the model, of no particular kind."""
+    matrix = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(1))
+    fitted = {"model.layers.0.self_attn.attn": (matrix, torch.ones(2, 32))}
+    key_transform.write(path, fitted, "tiny")
+    return {"key_transform": str(path)}
 
 
 def blocks_of(llm):
@@ -118,6 +128,24 @@ def test_a_step_of_no_requests_seals_those_that_have_ended(llm):
     worker_of(llm).execute_model(output)
     assert not listener._life._requests
     assert torch.equal(listener._tables.state, listener._life.state)
+
+
+def test_keys_in_other_bases_answer_as_on_the_cpu(llm, tmp_path):
+    """They are asked for last: two engines at a time there may not be."""
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+    bases = write_bases(tmp_path / "keys.safetensors")
+    with engine(bases) as other:
+        tokens, logprobs = greedy(other)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ZipCachePlugin.backends, "cpu", f"{__name__}.Backend")
+        patch.setattr(ZipCacheCudaImpl, "backend", staticmethod(lambda *_: Packed))
+        with engine(bases) as other:
+            [listener] = worker_of(other).plugin_listeners
+            assert all(x.memory.transform is not None for x in listener._packed.values())
+            found = greedy(other)
+    assert found[0] == tokens
+    assert torch.allclose(found[1], logprobs, atol=1e-4)
 
 
 def test_decode_steps_are_captured():

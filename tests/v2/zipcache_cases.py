@@ -175,18 +175,20 @@ def test_preempted_requests_go_on_as_new_ones(stock):
         assert_idle(llm)
 
 
-def test_cudas_backend_answers_as_the_cpus(packed):
+@pytest.mark.parametrize("has_bases", [False, True])
+def test_cudas_backend_answers_as_the_cpus(packed, has_bases, tmp_path):
     """Tables on the device, states and Triton kernels, from V2's block tables and slots."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     packed.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
-    with cuda.engine() as llm:
+    options = cuda.write_bases(tmp_path / "keys.safetensors") if has_bases else {}
+    with cuda.engine(options) as llm:
         tokens, logprobs = cuda.greedy(llm)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ZipCachePlugin.backends, "cpu", f"{cuda.__name__}.Backend")
         patch.setattr(ZipCacheCudaImpl, "backend", staticmethod(lambda *_: cuda.Packed))
-        with cuda.engine(num_gpu_blocks_override=72) as llm:
+        with cuda.engine(options, num_gpu_blocks_override=72) as llm:
             warm_up(llm, 60)
             assert life(llm).sealed["ended"] > 0
             spoil(llm)
