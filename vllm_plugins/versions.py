@@ -91,3 +91,18 @@ def admission_limits(scheduler: Any) -> tuple[str, ...]:
 def is_diffusion(config: Any) -> bool:
     """Whether a model generates by diffusion; releases before 0.32 know no such models."""
     return bool(getattr(config.model_config, "is_diffusion", False))
+
+
+def cache_hit_source(name: str) -> Any:
+    """The source under which vLLM counts the tokens that a KV connector brings.
+
+    Releases before 0.32 count those of all connectors together, and None stands for that.
+
+    Args:
+        name: A member of ``CacheHitSource``, e.g. ``HOST``.
+    """
+    try:
+        from vllm.v1.metrics.cache_hit_source import CacheHitSource
+    except ModuleNotFoundError:
+        return None
+    return CacheHitSource[name]

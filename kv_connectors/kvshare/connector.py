@@ -14,7 +14,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_plugins.errors import PluginError
 from vllm_plugins.kv_connectors.kvshare import metrics
@@ -28,6 +27,7 @@ from vllm_plugins.kv_connectors.kvshare.worker_side import WorkerSide
 from vllm_plugins.metrics import ACTIVE, Metrics, engine_labels
 from vllm_plugins.plugin import SCHEDULER_HOST
 from vllm_plugins.settings import enabled_plugins
+from vllm_plugins.versions import cache_hit_source
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,7 +51,7 @@ class KVShareConnector(KVConnectorBase_V1, SupportsHMA):
     vLLM makes one for the scheduler and one in each worker; each has one of the two sides.
     """
 
-    _cache_hit_source = CacheHitSource.HOST
+    _cache_hit_source = cache_hit_source("HOST")
 
     def __init__(
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig

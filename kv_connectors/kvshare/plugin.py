@@ -220,7 +220,7 @@ class KVSharePlugin(SchedulerPlugin, WorkerPlugin):
         "mode=exact_only"
     )
     requires = Requirements(
-        vllm=">=0.32", platforms=frozenset({"cpu", "cuda"}), runners=frozenset({"V1", "V2"})
+        vllm=">=0.31", platforms=frozenset({"cpu", "cuda"}), runners=frozenset({"V1", "V2"})
     )
     Options: ClassVar[type[Options]] = KVShareOptions
     # It knows how much of a prompt reuse leaves to compute.

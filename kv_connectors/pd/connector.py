@@ -13,7 +13,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.logger import init_logger
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_plugins.errors import PluginError
 from vllm_plugins.kv_connectors.pd import metrics
@@ -27,6 +26,7 @@ from vllm_plugins.kv_connectors.pd.worker import Worker
 from vllm_plugins.metrics import ACTIVE, Metrics, engine_labels
 from vllm_plugins.plugin import SCHEDULER_HOST
 from vllm_plugins.settings import enabled_plugins
+from vllm_plugins.versions import cache_hit_source
 from vllm_plugins.wire.secret import load_secret
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class PdConnector(KVConnectorBase_V1, SupportsHMA):
     vLLM makes one for the scheduler and one in each worker. An instance may have both roles.
     """
 
-    _cache_hit_source = CacheHitSource.P2P
+    _cache_hit_source = cache_hit_source("P2P")
     _prefill: PrefillScheduler
     _decode: DecodeScheduler
     _readers: list[Shard]

@@ -170,7 +170,7 @@ class PdPlugin(SchedulerPlugin):
     )
     exactness = "exact"
     requires = Requirements(
-        vllm=">=0.32", platforms=frozenset({"cpu", "cuda"}), runners=frozenset({"V1", "V2"})
+        vllm=">=0.31", platforms=frozenset({"cpu", "cuda"}), runners=frozenset({"V1", "V2"})
     )
     conflicts: ClassVar[dict[str, str]] = {
         "hip": "KV that its sparse layers computed would be taken for a dense instance's",

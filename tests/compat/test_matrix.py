@@ -323,10 +323,10 @@ def test_a_plugin_that_refuses_the_version_is_not_tried(trials, monkeypatch):
 
 def test_a_plugin_for_other_versions_is_not_tried(trials, monkeypatch):
     run, _ = trials
-    run.outcome.version = "0.31.0"
+    run.outcome.version = "0.30.0"
     monkeypatch.setattr(one_version, "own_plugins", lambda: ["kvshare", "sarathi", "spf"])
     run.run()
-    assert run.outcome.needs == {"kvshare": ">=0.32"}
+    assert run.outcome.needs == {"kvshare": ">=0.31"}
     assert set(run.outcome.plugins) == {STOCK, "sarathi", "spf"}
     assert list(run.outcome.pairs) == ["sarathi + spf"]
     assert run.outcome.failures() == []

@@ -141,7 +141,7 @@ def test_describing_it_imports_no_vllm(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "vllm", None)
-    assert describe(*parse_specs(["kvshare"]))["requires"]["vllm"] == ">=0.32"
+    assert describe(*parse_specs(["kvshare"]))["requires"]["vllm"] == ">=0.31"
 
 
 def test_another_connector_is_refused():

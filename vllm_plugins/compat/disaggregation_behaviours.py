@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 from vllm_plugins.compat.behaviours import expect
 from vllm_plugins.compat.recording_connector import BLOCK, Trial, agent, trial
 from vllm_plugins.compat.worker_behaviours import _calls, _line_of, _named, _tree
 
 PD = "vllm_plugins.kv_connectors.pd"
+_ALLOCATED = "update_state_after_alloc"
 
 
 def orders_are_asked_for_between_blocks_and_counts() -> None:
@@ -65,13 +67,29 @@ def _pulling(tokens: int, **settings: Any) -> Iterator[Trial]:
 def a_pull_gets_blocks_and_then_the_last_token_runs() -> None:
     """Blocks for all promised tokens come first; once loaded, the last token is computed here."""
     with _pulling(3 * BLOCK) as tried:
-        ((_, blocks, external),) = tried.asked("update_state_after_alloc")
+        ((_, blocks, external),) = tried.asked(_ALLOCATED)
         (ids,) = blocks.get_block_ids()
         expect((len(ids), external) == (3, 3 * BLOCK), f"{len(ids)} blocks for {external} tokens")
         tried.step(finished_recving={"a"})
         output, _ = tried.step()
         ran = output.num_scheduled_tokens
         expect(ran == {"a": 1}, f"ran once all was loaded: {ran}")
+
+
+def blocks_of_a_pull_are_not_zeroed() -> None:
+    """Where new blocks are cleared, those of the groups that a connector says it fills are not."""
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    with patch.object(KVCacheConfig, "needs_kv_cache_zeroing", True), trial("KVRecorder") as tried:
+        tried.connector.answers["get_num_new_matched_tokens"] = lambda request, _: (
+            (3 * BLOCK, True) if request.request_id == "a" else (0, False)
+        )
+        tried.add("a", 3 * BLOCK)
+        tried.add("b", 2 * BLOCK)
+        output, _ = tried.step()
+        given = {r.request_id: b.get_block_ids()[0] for r, b, _ in tried.asked(_ALLOCATED)}
+        cleared = output.new_block_ids_to_zero
+        expect(cleared == given["b"], f"of {given}, {cleared} are cleared")
 
 
 def a_failed_pull_starts_over() -> None:

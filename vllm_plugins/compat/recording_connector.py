@@ -24,6 +24,8 @@ _RECORDERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
             "bind_gpu_block_pool": None,
             "on_new_request": None,
             "get_num_new_matched_tokens": (0, False),
+            # Asked for from 0.32 on; before, a connector fills all groups.
+            "get_loaded_kv_cache_group_ids": (0,),
             "update_state_after_alloc": None,
             "build_connector_meta": SimpleNamespace(),
             "update_connector_output": None,

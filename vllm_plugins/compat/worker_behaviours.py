@@ -66,18 +66,19 @@ def results_carry_reports() -> None:
     expect(reports_of(pickle.loads(pickle.dumps(told))) == {"name": ["a"]}, "reports are lost")
 
 
-def _calls(tree: ast.AST, name: str) -> Iterator[ast.Call]:
+def _calls(tree: ast.AST, name: str, owner: str = "") -> Iterator[ast.Call]:
     for node in ast.walk(tree):
         if (
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)
             and node.func.attr == name
+            and owner in ("", ast.unparse(node.func.value))
         ):
             yield node
 
 
-def _line_of(tree: ast.AST, name: str) -> int:
-    lines = [call.lineno for call in _calls(tree, name)]
+def _line_of(tree: ast.AST, name: str, owner: str = "") -> int:
+    lines = [call.lineno for call in _calls(tree, name, owner)]
     expect(len(lines) == 1, f"{name} is called {len(lines)} times")
     return lines[0]
 
@@ -129,6 +130,19 @@ def attention_is_called_with_queries_keys_and_values() -> None:
         expect(plain, f"{symbol}.forward calls attn as {ast.unparse(call)}")
         rotated = _line_of(forward, "rotary_emb") < _line_of(forward, "attn")
         expect(rotated, f"{symbol}.forward rotates after attn")
+
+
+def layers_of_qwen3_vl_are_those_of_qwen3() -> None:
+    """The decoder of Qwen3-VL is made of Qwen3's layers, or of a class that derives from theirs."""
+    stack = _named("vllm.model_executor.models.qwen3_vl:Qwen3LLMModel")
+    layer = getattr(stack, "decoder_layer_type", None)
+    if layer is None:
+        # Before 0.32 all stacks built as Qwen3's is had its very layers.
+        source = inspect.getsource(_named("vllm.model_executor.models.qwen3:Qwen3Model"))
+        expect("decoder_layer_type=Qwen3DecoderLayer" in source, "Qwen3 is made of other layers")
+        return
+    wanted = _named("vllm.model_executor.models.qwen3:Qwen3DecoderLayer")
+    expect(issubclass(layer, wanted), f"its layers are {layer}")
 
 
 def axes_count_the_tokens_of_text() -> None:
@@ -194,7 +208,8 @@ def orders_are_asked_for_before_tokens_count() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     tree = _tree(Scheduler.schedule)
-    told = _line_of(tree, "update_state_after_alloc")
+    # Connectors of encoder caches have a method of the same name.
+    told = _line_of(tree, "update_state_after_alloc", "self.connector")
     asked = _line_of(tree, "_build_kv_connector_meta")
     counted = _line_of(tree, "_update_after_schedule")
     expect(told < asked < counted, f"the order is {told}, {asked}, {counted}")
@@ -207,6 +222,19 @@ def orders_are_asked_for_before_tokens_count() -> None:
         and node.target.attr == "num_computed_tokens"
     ]
     expect(bool(added), "computed tokens are not counted in _update_after_schedule")
+
+
+def hits_have_a_source_where_vllm_tells_them_apart() -> None:
+    """A connector says whether its tokens come from the host or a peer, or vLLM does not ask."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+    module = "vllm.v1.metrics.cache_hit_source"
+    if not hasattr(KVConnectorBase_V1, "_cache_hit_source"):
+        # Before 0.32 there was one count for all connectors.
+        expect(find_spec(module) is None, "sources are told apart in another way")
+        return
+    missing = {"HOST", "P2P"} - set(_named(f"{module}:CacheHitSource").__members__)
+    expect(not missing, f"there is no source {', '.join(sorted(missing))}")
 
 
 def block_hashes_are_a_chain() -> None:
