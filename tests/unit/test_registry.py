@@ -1,9 +1,11 @@
 """Finding plug-ins, and every refusal that needs no engine, each in its exact words."""
 
+import enum
 import importlib
 import pickle
 import subprocess
 import sys
+import types
 from importlib import metadata
 
 import pytest
@@ -242,6 +244,17 @@ def test_unsupported_vllm(monkeypatch, version):
 def test_supported_vllm(monkeypatch, distribution, version):
     pretend_installed(monkeypatch, **{distribution.replace("_", "-"): version})
     assert [item.plugin.name for item in enable(parse_specs(["sarathi"]))] == ["sarathi"]
+
+
+def test_hits_have_a_source_where_vllm_tells_sources_apart(monkeypatch):
+    module = "vllm.v1.metrics.cache_hit_source"
+    sources = enum.Enum("CacheHitSource", {"HOST": "host"})
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(CacheHitSource=sources))
+    assert versions.cache_hit_source("HOST") is sources.HOST
+    with pytest.raises(KeyError):
+        versions.cache_hit_source("PEER")
+    monkeypatch.setitem(sys.modules, module, None)
+    assert versions.cache_hit_source("HOST") is None
 
 
 def test_without_plugins_no_version_is_refused(monkeypatch):
