@@ -136,10 +136,14 @@ def salient_tokens(prompt: Prompt, layer: int, setting: Setting, page: PageForma
 def transforms(path: str, config: Any) -> list[KeyTransform]:
     """Read the bases of all layers."""
     file, heads = KeyTransformFile(path), config.num_key_value_heads
-    size = config.hidden_size // config.num_attention_heads
     names = [f"model.layers.{i}.self_attn.attn" for i in range(config.num_hidden_layers)]
-    found = (file.layer(name, heads, slice(heads), size) for name in names)
-    return [KeyTransform.of(matrix, mean, torch.float32) for matrix, mean in found]
+    size = head_size(config)
+    return [file.layer(name, heads, slice(heads), size, torch.float32) for name in names]
+
+
+def head_size(config: Any) -> int:
+    """Return the channels of a head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def packed(
@@ -239,7 +243,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def row(model: Any, setting: Setting, losses: list[Loss]) -> dict[str, Any]:
     """Return what is reported of a setting."""
     config = model.config
-    size = config.hidden_size // config.num_attention_heads
+    size = head_size(config)
     each = setting.page(size).token_bytes
     token = each * config.num_key_value_heads * config.num_hidden_layers
     mean, spread = mean_and_error([x.increase for x in losses])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from vllm_plugins.attention_backends.zipcache import key_transform
 from vllm_plugins.attention_backends.zipcache.key_transform import Moments
@@ -21,7 +22,7 @@ from vllm_plugins.errors import PluginError
 from vllm_plugins.training.arguments import at_least
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 WHERE = "train zipcache"
 
@@ -39,32 +40,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--window", type=at_least(2 * key_transform.BLOCK), default=1024,
         help="tokens that are computed as one sequence (default: 1024)")  # fmt: skip
     add("--serve-args", default="",
-        help="engine arguments that the model needs, in one string")  # fmt: skip
+        help="engine arguments that the model needs, in one string; sequences, steps and the "
+        "prefix cache are the command's own")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Compute the text, fit, and write the file.
 
     Raises:
-        PluginError: The text is too short, or the model has no keys that could be transformed.
+        PluginError: The text is too short, the file cannot be written, or the model has no keys
+            that could be transformed.
     """
     text = "\n".join(_read(path) for path in args.text)
-    if not args.out.parent.is_dir():
-        raise PluginError(f"{WHERE}: --out {args.out}", "its folder does not exist", "make it")
+    _check_out(args.out)
     # Hooks are set in the workers, which a process between would forbid.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    llm = _engine(args.model, args.window, shlex.split(args.serve_args))
+    llm = _engine(args.model, args.window, _serve_args(args.serve_args))
     prompts = windows(llm.get_tokenizer().encode(text), args.window - 1, args.tokens)
-    moments = count(llm, prompts)
     fitted = {
         name: (key_transform.fit(x.spread, x.queries), x.keys / x.tokens)
-        for name, x in moments.items()
+        for name, x in count(llm, prompts).items()
     }
-    key_transform.write(args.out, fitted, args.model)
+    try:
+        key_transform.write(args.out, fitted, args.model)
+    except (OSError, SafetensorError) as error:
+        raise PluginError(
+            f"{WHERE}: --out {args.out}", str(error), "choose another place"
+        ) from None
     tokens = sum(map(len, prompts))
     print(f"{args.out}: {len(fitted)} layers, from {tokens} tokens")
     return 0
+
+
+def _check_out(path: Path) -> None:
+    """Refuse a place that nothing can be written to, rather now than after the work."""
+    found = {
+        "its folder does not exist": not path.parent.is_dir(),
+        "it is a folder": path.is_dir(),
+        "its folder cannot be written to": not os.access(path.parent, os.W_OK),
+    }
+    for reason, applies in found.items():
+        if applies:
+            raise PluginError(f"{WHERE}: --out {path}", reason, "choose another file")
+
+
+def _serve_args(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise PluginError(f"{WHERE}: --serve-args", str(error), "close the quotation") from None
 
 
 def _read(path: Path) -> str:
@@ -103,8 +128,14 @@ def _engine(model: str, window: int, arguments: Sequence[str]) -> Any:
     fixed = {"model": model, "max-model-len": window, "max-num-batched-tokens": window}
     flags = [f"--{name}={value}" for name, value in fixed.items()]
     flags += ["--max-num-seqs=1", "--enforce-eager", "--no-enable-prefix-caching"]
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    return LLM.from_engine_args(EngineArgs.from_cli_args(parser.parse_args([*arguments, *flags])))
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog=f"{WHERE}: --serve-args"))
+    parsed = parser.parse_args([*arguments, *flags])
+    try:
+        return LLM.from_engine_args(EngineArgs.from_cli_args(parsed))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        mend = "mend the model's name, --serve-args or --window"
+        raise PluginError(f"{WHERE}: vLLM refuses", reason, mend) from None
 
 
 def count(llm: Any, prompts: Sequence[list[int]]) -> dict[str, Moments]:
@@ -130,7 +161,23 @@ def count(llm: Any, prompts: Sequence[list[int]]) -> dict[str, Moments]:
     if not found:
         reason = "it has no layers with keys and values of heads"
         raise PluginError(f"{WHERE}: this model", reason, "ZipCache does not serve it")
+    _check(found, total)
     return {name: joined(ranks, total) for name, ranks in found.items()}
+
+
+def _check(found: Mapping[str, Sequence[Moments]], total: int) -> None:
+    """Refuse layers of which nothing can be told."""
+    for name, ranks in found.items():
+        own, parts = ranks[0], [y for x in ranks for y in (x.spread, x.queries, x.keys)]
+        reasons = {
+            "has seen nothing": own.tokens == 0,
+            "was given numbers that are none": not all(x.isfinite().all() for x in parts),
+            "has another number of KV heads than the model's other layers":
+                own.kv_heads != max(1, total // len(ranks)),
+        }  # fmt: skip
+        for reason, applies in reasons.items():
+            if applies:
+                raise PluginError(f"{WHERE}: this model", f"{name} {reason}", "it cannot be served")
 
 
 def _watch(model: torch.nn.Module) -> None:
@@ -138,14 +185,18 @@ def _watch(model: torch.nn.Module) -> None:
     from vllm.model_executor.layers.attention import Attention
 
     for layer in model.modules():
-        if type(layer) is Attention and layer.impl.attn_type == "decoder":
+        if type(layer) is not Attention or layer.kv_sharing_target_layer_name is not None:
+            continue
+        if layer.attn_type == "decoder":
             layer.zipcache_moments = Moments(layer.num_kv_heads, layer.head_size)
             layer.register_forward_pre_hook(_count, with_kwargs=True)
 
 
 def _count(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     given = dict(zip(("query", "key"), args, strict=False)) | kwargs
-    query, key = (given[name].unflatten(-1, (-1, layer.head_size)) for name in ("query", "key"))
+    query, key = (
+        given[name].reshape(len(given[name]), -1, layer.head_size) for name in ("query", "key")
+    )
     layer.zipcache_moments.add(query, key)
 
 

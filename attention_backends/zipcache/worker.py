@@ -155,11 +155,16 @@ class ZipCacheListener(WorkerListener):
     def _transform(self, file: KeyTransformFile, name: str, layer: Any) -> KeyTransform:
         """Read what a layer's keys are multiplied by, those of this rank's heads."""
         ranks, model = get_tp_group(), self._config.model_config
-        total = model.get_total_num_kv_heads()
-        heads = heads_of_rank(total, layer.num_kv_heads, ranks.rank_in_group, ranks.world_size)
+        total, own = model.get_total_num_kv_heads(), layer.num_kv_heads
+        if own != max(1, total // ranks.world_size):
+            raise PluginError(
+                "--plugin zipcache: key_transform",
+                f"{name} has another number of KV heads than the model's other layers",
+                "drop it",
+            )
+        heads = heads_of_rank(total, own, ranks.rank_in_group, ranks.world_size)
         device = next(layer.parameters(), layer.kv_cache).device
-        read = file.layer(name, total, heads, layer.head_size)
-        return KeyTransform.of(*read, model.dtype, device)
+        return file.layer(name, total, heads, layer.head_size, model.dtype, device)
 
     def on_kv_cache_ready(self, runner: RunnerView) -> None:
         """Give the layers their pages and the builders the blocks' life.

@@ -107,10 +107,11 @@ def test_pages_hold_keys_in_their_bases(packed, file):
         [first, *_] = (now != then).flatten(1).any(1).nonzero().flatten().tolist()
         codes, salient = quantiser.read_page(now[first].flatten(1), page)
         found, _ = quantiser.dequantise(codes, salient)
-        matrix, mean = KeyTransformFile(file).layer(name, 2, slice(2), 32)
+        by = KeyTransformFile(file).layer(name, 2, slice(2), 32, torch.float32)
         own = [x.transpose(0, 1) for x in keys.split(BLOCK)[:2]]
         bound = 0.51 * codes.k_step.float()[:, None] + 1e-4
-        inside = [((found - (x - mean[:, None]) @ matrix).abs() <= bound).all() for x in own]
+        wanted = [x @ by.keys - by.centre[:, None] for x in own]
+        inside = [((found - x).abs() <= bound).all() for x in wanted]
         assert any(inside) and not any(((found - x).abs() <= bound).all() for x in own)
     assert_idle(packed)
 

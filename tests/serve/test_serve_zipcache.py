@@ -87,7 +87,10 @@ def test_keys_are_kept_in_bases_that_the_command_finds(tmp_path):
     [
         ((), "--text: it has 1 tokens, and a sequence has 1023; give more text or lower --window"),
         (("--text", "nowhere"), "--text nowhere: [Errno 2] No such file or directory: 'nowhere'"),
-        (("--out", "nowhere/x"), "--out nowhere/x: its folder does not exist; make it"),
+        (("--out", "nowhere/x"), "--out nowhere/x: its folder does not exist; choose another file"),
+        (("--out", "/"), "--out /: it is a folder; choose another file"),
+        (("--serve-args='",), "--serve-args: No closing quotation; close the quotation"),
+        (("--window", "99999"), "User-specified max_model_len (99999) is greater than the derived"),
     ],
 )
 def test_what_bases_cannot_be_found_from_is_refused_in_a_line(words, message, tmp_path):

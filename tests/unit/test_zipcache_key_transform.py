@@ -195,9 +195,13 @@ def file(tmp_path):
 
 def test_files_are_read_head_by_head(file):
     assert [x.name for x in file.parent.iterdir()] == [file.name]
-    matrix, mean = KeyTransformFile(str(file)).layer("b.attn", 2, slice(1, 2), 16)
-    torch.testing.assert_close(matrix, -fit(*moments(16))[1:].float())
-    assert mean.tolist() == [list(range(16, 32))]
+    found = KeyTransformFile(str(file)).layer("b.attn", 2, slice(1, 2), 16, torch.float32)
+    matrix = -fit(*moments(16))[1:].float()
+    wanted = KeyTransform.of(matrix, torch.arange(16.0, 32.0)[None], torch.float32)
+    assert all(torch.equal(x, y) for x, y in zip(vars(found).values(), vars(wanted).values(),
+                                                 strict=True))  # fmt: skip
+    eye = torch.eye(16, dtype=torch.float64)[None]
+    torch.testing.assert_close(found.keys.double() @ found.queries.mT.double(), eye)
 
 
 @pytest.mark.parametrize(
@@ -210,24 +214,42 @@ def test_files_are_read_head_by_head(file):
 )
 def test_another_models_file_is_refused(file, name, total, size, reason):
     with pytest.raises(PluginError) as error:
-        KeyTransformFile(str(file)).layer(name, total, slice(0, 1), size)
+        KeyTransformFile(str(file)).layer(name, total, slice(0, 1), size, torch.float32)
     assert reason in str(error.value)
     assert "make one: vllm-plugins train zipcache" in str(error.value)
 
 
-@pytest.mark.parametrize("number", [torch.nan, torch.inf, 0.0])
-def test_numbers_that_are_none_are_refused(file, number):
+@pytest.mark.parametrize(
+    ("part", "number", "dtype"),
+    [
+        ("matrix", torch.nan, torch.float32),
+        ("matrix", torch.inf, torch.bfloat16),
+        ("matrix", 0.0, torch.float32),
+        ("matrix", 1e6, torch.float16),
+        ("mean", torch.nan, torch.float32),
+    ],
+)
+def test_numbers_that_cannot_be_used_are_refused(file, part, number, dtype):
     tensors = load_file(file)
-    tensors["a.attn.matrix"][0] = number
+    tensors[f"a.attn.{part}"][0] = number
     save_file(tensors, file, {"format": key_transform.FORMAT})
-    with pytest.raises(PluginError, match="numbers that are none, or a matrix without an inverse"):
-        KeyTransformFile(str(file)).layer("a.attn", 2, slice(0, 1), 16)
+    with pytest.raises(PluginError, match=r"a\.attn: its numbers (are none|do not fit into)"):
+        KeyTransformFile(str(file)).layer("a.attn", 2, slice(0, 1), 16, dtype)
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(OSError, match="directory"):
+        key_transform.write(tmp_path, {"a": (torch.eye(16)[None], torch.zeros(1, 16))}, "x")
+    assert not list(tmp_path.parent.glob(".*.new"))
 
 
 def test_what_is_no_such_file_is_refused(file):
-    save_file({"x": torch.zeros(1)}, file)
-    with pytest.raises(PluginError, match="it holds no transforms of keys"):
-        KeyTransformFile(str(file))
+    half = {name: x.half() for name, x in load_file(file).items()}
+    ours = {"format": key_transform.FORMAT}
+    for tensors, metadata in (({"x": torch.zeros(1)}, {}), (half, ours)):
+        save_file(tensors, file, metadata)
+        with pytest.raises(PluginError, match="it holds no transforms of keys"):
+            KeyTransformFile(str(file))
     for content in (b"", b"\xff" * 100):
         file.write_bytes(content)
         with pytest.raises(PluginError, match="it cannot be read"):

@@ -15,7 +15,8 @@ from vllm_plugins.attention_backends.zipcache.key_transform import KeyTransform
 ROWS = 32
 
 
-@triton.jit
+# Its number of tokens is not known when kernels are warmed up, and of no use.
+@triton.jit(do_not_specialize=["tokens"])
 def _transform(
     x: tl.tensor, out: tl.tensor, matrix: tl.tensor, centre: tl.tensor, tokens: tl.tensor,
     x_token: tl.tensor, x_head: tl.tensor, kv_heads: tl.constexpr, group: tl.constexpr,
@@ -55,6 +56,7 @@ def _launch(
 ) -> torch.Tensor:
     tokens, heads, head = x.shape
     kv_heads = len(matrix)
+    assert heads % kv_heads == 0, "the matrices are not this layer's"
     group = heads // kv_heads
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     # Heads are multiples of 16, so whole pieces of them are.
