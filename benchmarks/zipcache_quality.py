@@ -1,7 +1,7 @@
 """What ZipCache's bits cost in perplexity, and what a token takes.
 
     python benchmarks/zipcache_quality.py MODEL [--passages 8] [--key-transform FILE] \
-        [--out FILE.json] [--plot FILE.png]
+        [--context 1024] [--only "keys r=1"] [--out FILE.json] [--plot FILE.png]
 
 The model is transformers' own, in float32. A prompt is computed exactly, as the plug-in does it in
 one chunk; then its keys and values go through the plug-in's quantiser, with the salient tokens
@@ -34,7 +34,7 @@ from vllm_plugins.attention_backends.zipcache.key_transform import KeyTransform,
 from vllm_plugins.attention_backends.zipcache.page import PageFormat
 from vllm_plugins.attention_backends.zipcache.saliency import Probing
 
-CONTEXT, FOLLOWING = 1024, 128
+FOLLOWING = 128
 MODULES = ("argparse", "ast", "datetime", "decimal", "difflib", "doctest", "inspect", "ipaddress",
            "mailbox", "optparse", "pathlib", "pickle", "shutil", "subprocess", "tarfile",
            "typing")  # fmt: skip
@@ -81,13 +81,19 @@ def load(folder: Path) -> Any:
     return model.eval()
 
 
-def texts(folder: Path, count: int) -> dict[str, list[torch.Tensor]]:
-    """Return token ids of code and prose; both come with Python."""
+def texts(folder: Path, count: int, context: int) -> dict[str, list[torch.Tensor]]:
+    """Return token ids of code and prose; both come with Python.
+
+    Args:
+        folder: The model's.
+        count: Passages of each.
+        context: Tokens of a prompt.
+    """
     from pydoc_data.topics import topics
 
     from transformers import AutoTokenizer
 
-    tokenizer, length = AutoTokenizer.from_pretrained(folder), CONTEXT + FOLLOWING + 1
+    tokenizer, length = AutoTokenizer.from_pretrained(folder), context + FOLLOWING + 1
     prose = tokenizer("\n".join(topics[name] for name in sorted(topics)))["input_ids"]
     code = [
         tokenizer(Path(str(find_spec(name).origin)).read_text())["input_ids"][500:]
@@ -104,30 +110,32 @@ def texts(folder: Path, count: int) -> dict[str, list[torch.Tensor]]:
 def compute(model: Any, recorder: Recorder, ids: torch.Tensor) -> Prompt:
     """Compute a prompt exactly, and its probes' attention."""
     recorder.queries, recorder.recording = [], True
-    cache = model(ids[None, :CONTEXT], use_cache=True).past_key_values
+    context = len(ids) - FOLLOWING - 1
+    cache = model(ids[None, :context], use_cache=True, logits_to_keep=1).past_key_values
     recorder.recording = False
-    probes = Probing(0.05, 0.05).chosen(0, CONTEXT, CONTEXT)
+    probes = Probing(0.05, 0.05).chosen(0, context, context)
     rows, scale = torch.from_numpy(probes), recorder.queries[0].shape[-1] ** -0.5
     keys = [layer.keys[0] for layer in cache.layers]
     sums = [
         saliency.attention_sums(q[rows], k.transpose(0, 1), rows, scale)
         for q, k in zip(recorder.queries, keys, strict=True)
     ]
-    seen = len(probes) - torch.searchsorted(rows, torch.arange(CONTEXT)).numpy()
+    seen = len(probes) - torch.searchsorted(rows, torch.arange(context)).numpy()
     values = [layer.values[0] for layer in cache.layers]
-    return Prompt(keys, values, sums, seen, ids[CONTEXT:])
+    return Prompt(keys, values, sums, seen, ids[context:])
 
 
 def salient_tokens(prompt: Prompt, layer: int, setting: Setting, page: PageFormat) -> torch.Tensor:
     """Return whose keys and values a setting calls salient, bool, (kv heads, blocks, 2, N)."""
-    positions = torch.arange(CONTEXT).numpy()
-    weight = saliency.weights(prompt.seen, positions, CONTEXT, setting.normalizer)
+    context = prompt.keys[layer].shape[1]
+    positions = torch.arange(context).numpy()
+    weight = saliency.weights(prompt.seen, positions, context, setting.normalizer)
     scores = prompt.sums[layer] * torch.from_numpy(weight)
     if setting.choice == "random":
         scores = torch.rand(scores.shape, generator=torch.Generator().manual_seed(layer))
     scores[:, : setting.first] = torch.inf
     if setting.choice == "global":
-        whole = PageFormat.of(CONTEXT, page.head_size, setting.bits, setting.ratio, setting.keys)
+        whole = PageFormat.of(context, page.head_size, setting.bits, setting.ratio, setting.keys)
         chosen = saliency.choose_both(scores, whole)
         return chosen.unflatten(-1, (-1, setting.block)).transpose(1, 2)
     return saliency.choose_both(scores.unflatten(1, (-1, setting.block)), page)
@@ -219,8 +227,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     recorder = Recorder()
     model, found, path = load(args.model), {}, args.key_transform
     bases = transforms(path, model.config) if path is not None else []
-    for kind, passages in texts(args.model, args.passages).items():
-        exact, losses, overlaps = [], {x: [] for x in settings(bool(bases))}, []
+    compared = [x for x in settings(bool(bases)) if args.only in x.label]
+    for kind, passages in texts(args.model, args.passages, args.context).items():
+        exact, losses, overlaps = [], {x: [] for x in compared}, []
         for ids in passages:
             prompt = compute(model, recorder, ids)
             text, stock = prompt.following[1:], predictions(model, prompt, None, bases)
@@ -313,6 +322,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--passages", type=int, default=8)
+    parser.add_argument("--context", type=int, default=1024, help="a multiple of 128")
+    parser.add_argument("--only", default="", help="settings that have this in their name")
     parser.add_argument("--key-transform", help="made by `vllm-plugins train zipcache`")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
