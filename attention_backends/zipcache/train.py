@@ -161,12 +161,20 @@ def count(llm: Any, prompts: Sequence[list[int]]) -> dict[str, Moments]:
     if not found:
         reason = "it has no layers with keys and values of heads"
         raise PluginError(f"{WHERE}: this model", reason, "ZipCache does not serve it")
-    _check(found, total)
+    check(found, total)
     return {name: joined(ranks, total) for name, ranks in found.items()}
 
 
-def _check(found: Mapping[str, Sequence[Moments]], total: int) -> None:
-    """Refuse layers of which nothing can be told."""
+def check(found: Mapping[str, Sequence[Moments]], total: int) -> None:
+    """Refuse layers of which nothing can be told.
+
+    Args:
+        found: What each rank has counted, by layer.
+        total: KV heads of the model.
+
+    Raises:
+        PluginError: A layer has seen nothing, or what cannot be fitted.
+    """
     for name, ranks in found.items():
         own, parts = ranks[0], [y for x in ranks for y in (x.spread, x.queries, x.keys)]
         reasons = {

@@ -14,7 +14,7 @@ from vllm_plugins.attention_backends.zipcache.key_transform import (
     heads_of_rank,
     rotation,
 )
-from vllm_plugins.attention_backends.zipcache.train import joined, windows
+from vllm_plugins.attention_backends.zipcache.train import check, joined, windows
 from vllm_plugins.errors import PluginError
 
 HEADS, KV_HEADS = 6, 2
@@ -257,6 +257,23 @@ def test_what_is_no_such_file_is_refused(file):
     for path in (file.parent, file.parent / "missing"):
         with pytest.raises(PluginError, match="it cannot be read"):
             KeyTransformFile(str(path))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda own: setattr(own, "tokens", 0), "has seen nothing"),
+        (lambda own: own.queries.fill_(torch.nan), "was given numbers that are none"),
+        (lambda own: setattr(own, "kv_heads", 3), "has another number of KV heads"),
+    ],
+)
+def test_layers_of_which_nothing_can_be_told_are_refused(spoil, reason):
+    own = Moments(KV_HEADS, 16)
+    own.add(*tokens(16, BLOCK))
+    check({"a.attn": [own]}, KV_HEADS)
+    spoil(own)
+    with pytest.raises(PluginError, match=f"this model: a.attn {reason}"):
+        check({"a.attn": [own]}, KV_HEADS)
 
 
 def test_windows_lie_from_a_texts_beginning_to_its_end():
