@@ -14,11 +14,10 @@ for the second moment of queries, the expected squared error of a score is in pr
 
 It is never below (sum of the roots of S Q's eigenvalues)^2 / D, which is reached where the two
 matrices are equal and all channels alike: the first by a basis in which both are the same diagonal
-matrix, the second by a rotation that spreads every channel over all. Ours does so nearly, and
-comes within 3% of the bound on a model.
+matrix, the second by a rotation that spreads every channel over all, which ours nearly does.
 
-`fit` finds A from what a model computes on some text. The kernels know
-nothing of it: pages, residual rows and probes have transformed keys, whose scores are the same.
+`fit` finds A from what a model computes on some text. The kernels know nothing of it: pages,
+residual rows and probes have transformed keys, whose scores are the same.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from vllm_plugins.errors import PluginError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# Tokens of a block, for the covariance of keys within one; which of 32, 64 or 128 hardly matters.
+# Tokens of a block, for the covariance of keys within one.
 BLOCK = 64
 # Share of the mean variance that is added to each channel's, so that none is nothing.
 DAMPING = 1e-3
@@ -117,8 +116,7 @@ def _damped(moment: torch.Tensor) -> torch.Tensor:
 def rotation(size: int) -> torch.Tensor:
     """Return an orthogonal matrix that spreads every channel over all (Hartley's), float64.
 
-    A Hadamard matrix would spread them evenly; not every size has one, and what a model loses is
-    the same.
+    A Hadamard matrix would do it evenly; not every size has one.
     """
     index = torch.arange(size, dtype=torch.float64)
     angle = 2 * torch.pi * index[:, None] * index / size
@@ -194,19 +192,6 @@ class KeyTransform:
         q = torch.einsum("tkgd,kde->tkge", grouped, self.queries.float()).flatten(1, 2)
         k = torch.einsum("tkd,kde->tke", key.float(), self.keys.float()) - self.centre
         return q.to(query.dtype).contiguous(), k.to(key.dtype).contiguous()
-
-
-def heads_of_rank(total: int, own: int, rank: int, ranks: int) -> slice:
-    """Return which of a layer's KV heads a tensor-parallel rank has.
-
-    Args:
-        total: KV heads of the model.
-        own: KV heads of a rank; one, which several ranks have, where there are fewer than ranks.
-        rank: This one.
-        ranks: How many there are.
-    """
-    first = rank * total // ranks
-    return slice(first, first + own)
 
 
 def write(path: Path, fitted: Mapping[str, tuple[torch.Tensor, torch.Tensor]], model: str) -> None:

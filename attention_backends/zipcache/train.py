@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from vllm_plugins.attention_backends.zipcache import key_transform
 from vllm_plugins.attention_backends.zipcache.key_transform import Moments
+from vllm_plugins.engine.kv_heads import heads_of_rank
 from vllm_plugins.errors import PluginError
 from vllm_plugins.training.arguments import at_least
 
@@ -181,7 +182,7 @@ def check(found: Mapping[str, Sequence[Moments]], total: int) -> None:
             "has seen nothing": own.tokens == 0,
             "was given numbers that are none": not all(x.isfinite().all() for x in parts),
             "has another number of KV heads than the model's other layers":
-                own.kv_heads != max(1, total // len(ranks)),
+                own.kv_heads != heads_of_rank(total, 0, len(ranks)).stop,
         }  # fmt: skip
         for reason, applies in reasons.items():
             if applies:

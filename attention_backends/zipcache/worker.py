@@ -17,12 +17,12 @@ from vllm_plugins.attention_backends.zipcache.blocks import BlockLife, LifeOptio
 from vllm_plugins.attention_backends.zipcache.key_transform import (
     KeyTransform,
     KeyTransformFile,
-    heads_of_rank,
 )
 from vllm_plugins.attention_backends.zipcache.metrics import BlockMeter
 from vllm_plugins.attention_backends.zipcache.page import HEAD_MULTIPLE, PageFormat
 from vllm_plugins.attention_backends.zipcache.saliency import Probing
 from vllm_plugins.engine.attention_host import attention_layers
+from vllm_plugins.engine.kv_heads import heads_of_rank
 from vllm_plugins.engine.worker_host import WorkerListener, is_warm_up
 from vllm_plugins.errors import PluginError
 
@@ -155,14 +155,14 @@ class ZipCacheListener(WorkerListener):
     def _transform(self, file: KeyTransformFile, name: str, layer: Any) -> KeyTransform:
         """Read what a layer's keys are multiplied by, those of this rank's heads."""
         ranks, model = get_tp_group(), self._config.model_config
-        total, own = model.get_total_num_kv_heads(), layer.num_kv_heads
-        if own != max(1, total // ranks.world_size):
+        total = model.get_total_num_kv_heads()
+        heads = heads_of_rank(total, ranks.rank_in_group, ranks.world_size)
+        if layer.num_kv_heads != heads.stop - heads.start:
             raise PluginError(
                 "--plugin zipcache: key_transform",
                 f"{name} has another number of KV heads than the model's other layers",
                 "drop it",
             )
-        heads = heads_of_rank(total, own, ranks.rank_in_group, ranks.world_size)
         device = next(layer.parameters(), layer.kv_cache).device
         return file.layer(name, total, heads, layer.head_size, model.dtype, device)
 

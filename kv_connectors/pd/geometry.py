@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_plugins.engine.kv_heads import heads_of_rank
+
 MAX_LAYERS = 4096
 MAX_HEADS = 1 << 16
 
@@ -33,18 +35,9 @@ class Heads:
 
     @classmethod
     def of_rank(cls, total: int, rank: int, size: int) -> Heads:
-        """Return the heads of a tensor-parallel rank, as vLLM divides or replicates them.
-
-        Args:
-            total: KV heads of the model.
-            rank: The rank.
-            size: Number of ranks.
-        """
-        if total >= size:
-            share = total // size
-            return cls(rank * share, (rank + 1) * share)
-        head = rank * total // size
-        return cls(head, head + 1)
+        """Return the heads of a tensor-parallel rank; arguments are those of `heads_of_rank`."""
+        own = heads_of_rank(total, rank, size)
+        return cls(own.start, own.stop)
 
 
 @dataclass(frozen=True)

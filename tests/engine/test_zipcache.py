@@ -120,11 +120,17 @@ def test_a_prompts_first_token_equals_stock(packed, stock):
     assert_idle(packed)
 
 
-def test_a_batch_answers_as_each_request_alone(packed):
-    alone = []
+def one_by_one(llm):
+    """Return the answers to all prompts, none of which finds another's blocks."""
+    answers = []
     for prompt in PROMPTS:
-        alone += greedy(packed, [prompt])
-        packed.reset_prefix_cache()
+        answers += greedy(llm, [prompt])
+        llm.reset_prefix_cache()
+    return answers
+
+
+def test_a_batch_answers_as_each_request_alone(packed):
+    alone = one_by_one(packed)
     assert greedy(packed, PROMPTS) == alone
     assert_idle(packed)
     assert greedy(packed, PROMPTS[::-1]) == alone[::-1]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.engine.test_zipcache import BLOCK, PROMPTS, assert_idle, engine, greedy, life
+from tests.engine.test_zipcache import BLOCK, PROMPTS, assert_idle, engine, greedy, life, one_by_one
 from tests.models import make_engine, tiny_llama, worker_of
 from vllm_plugins.attention_backends.zipcache import key_transform, quantiser, train
 from vllm_plugins.attention_backends.zipcache.key_transform import KeyTransformFile
@@ -117,10 +117,7 @@ def test_pages_hold_keys_in_their_bases(packed, file):
 
 
 def test_a_batch_answers_as_each_request_alone(packed):
-    alone = []
-    for prompt in PROMPTS:
-        alone += greedy(packed, [prompt])
-        packed.reset_prefix_cache()
+    alone = one_by_one(packed)
     assert greedy(packed, PROMPTS) == alone
     assert life(packed).sealed["prompt"] > 0 < life(packed).sealed["decode"]
     assert_idle(packed)

@@ -1,20 +1,23 @@
 """Bases of keys: what is fitted, what it costs scores, and files of it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_plugins.attention_backends.zipcache import key_transform, quantiser
+from vllm_plugins.attention_backends.zipcache import key_transform, quantiser, worker
 from vllm_plugins.attention_backends.zipcache.key_transform import (
     BLOCK,
     KeyTransform,
     KeyTransformFile,
     Moments,
     fit,
-    heads_of_rank,
     rotation,
 )
+from vllm_plugins.attention_backends.zipcache.plugin import ZipCacheOptions
 from vllm_plugins.attention_backends.zipcache.train import check, joined, windows
+from vllm_plugins.engine.kv_heads import heads_of_rank
 from vllm_plugins.errors import PluginError
 
 HEADS, KV_HEADS = 6, 2
@@ -169,16 +172,25 @@ def test_ranks_put_their_heads_together():
 
 
 @pytest.mark.parametrize(
-    ("total", "own", "ranks", "wanted"),
+    ("total", "ranks", "wanted"),
     [
-        (8, 8, 1, ["0:8"]),
-        (8, 4, 2, ["0:4", "4:8"]),
-        (2, 1, 4, ["0:1", "0:1", "1:2", "1:2"]),
+        (8, 1, ["0:8"]),
+        (8, 2, ["0:4", "4:8"]),
+        (2, 4, ["0:1", "0:1", "1:2", "1:2"]),
     ],
 )
-def test_a_rank_has_its_heads(total, own, ranks, wanted):
-    found = [heads_of_rank(total, own, rank, ranks) for rank in range(ranks)]
+def test_a_rank_has_its_heads(total, ranks, wanted):
+    found = [heads_of_rank(total, rank, ranks) for rank in range(ranks)]
     assert [f"{x.start}:{x.stop}" for x in found] == wanted
+
+
+def test_a_layer_with_heads_of_its_own_number_is_refused(monkeypatch):
+    ranks = SimpleNamespace(rank_in_group=0, world_size=2)
+    monkeypatch.setattr(worker, "get_tp_group", lambda: ranks)
+    model = SimpleNamespace(get_total_num_kv_heads=lambda: 8)
+    listener = worker.ZipCacheListener(ZipCacheOptions(), SimpleNamespace(model_config=model))
+    with pytest.raises(PluginError, match="a.attn has another number of KV heads"):
+        listener._transform(None, "a.attn", SimpleNamespace(num_kv_heads=8))
 
 
 @pytest.fixture
