@@ -189,7 +189,7 @@ def test_a_layer_with_heads_of_its_own_number_is_refused(monkeypatch):
     monkeypatch.setattr(worker, "get_tp_group", lambda: ranks)
     model = SimpleNamespace(get_total_num_kv_heads=lambda: 8)
     listener = worker.ZipCacheListener(ZipCacheOptions(), SimpleNamespace(model_config=model))
-    with pytest.raises(PluginError, match="a.attn has another number of KV heads"):
+    with pytest.raises(PluginError, match=r"a\.attn has another number of KV heads"):
         listener._transform(None, "a.attn", SimpleNamespace(num_kv_heads=8))
 
 
